@@ -1,0 +1,69 @@
+"""`duovsr doctor`: what this installation can do, and what in it is broken."""
+
+from __future__ import annotations
+
+import platform
+from importlib import metadata
+from typing import Any
+
+import av
+import torch
+
+from duovsr.engine.upscaler import choose_device, choose_dtype
+from duovsr.errors import DuovsrError
+from duovsr.weights import check_files, shipped_models
+
+_PACKAGES = ("duovsr", "torch", "numpy", "av", "typer", "rich", "safetensors", "huggingface-hub", "triton", "xformers")
+_OPTIONAL = ("triton", "xformers")
+_ENCODERS = {
+    "h264": "libx264",
+    "hevc": "libx265",
+    "av1": "libsvtav1",
+    "vp9": "libvpx-vp9",
+    "prores": "prores_ks",
+    "ffv1": "ffv1",
+}
+_NEEDED_ENCODERS = ("h264", "ffv1")
+
+
+def examine() -> tuple[dict[str, Any], list[str]]:
+    """Findings for people or JSON, and the problems among them (empty: all that is needed works)."""
+    problems: list[str] = []
+    device = choose_device("auto")
+    encoders = {name: encoder in av.codecs_available for name, encoder in _ENCODERS.items()}
+    problems += [f"encoder {name} is missing in PyAV" for name in _NEEDED_ENCODERS if not encoders[name]]
+    versions = {name: _version(name) for name in _PACKAGES}
+    missing = [name for name in _PACKAGES if versions[name] == "missing" and name not in _OPTIONAL]
+    problems += [f"package {name} is missing" for name in missing]
+    findings = {
+        "system": {"platform": platform.platform(), "python": platform.python_version()},
+        "versions": versions,
+        "devices": {
+            "cpu": f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}",
+            "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else "not available",
+            "mps": "available" if torch.backends.mps.is_available() else "not available",
+            "auto": f"{device.type}, {str(choose_dtype('auto', device)).removeprefix('torch.')}",
+        },
+        "attention": "sdpa (torch)",
+        "encoders": {name: "yes" if present else "no" for name, present in encoders.items()},
+        "models": _models(problems),
+    }
+    return findings, problems
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "missing"
+
+
+def _models(problems: list[str]) -> dict[str, Any]:
+    try:
+        statuses = {name: check_files(name) for name in shipped_models()}
+    except DuovsrError as error:
+        problems.append(str(error))
+        return {}
+    for name, files in statuses.items():
+        problems += [f"model {name}: `{s.path.name}` is missing or altered" for s in files if not s.verified]
+    return {name: {s.path.name: s.sha256 or "missing" for s in files} for name, files in statuses.items()}

@@ -1,0 +1,46 @@
+"""How much memory there is, and what running out of it looks like."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+
+import torch
+
+_PART = 0.6  # of the free memory may be planned for: other processes, fragmentation
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that a plan may spend on `device`."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0] * _PART)
+    if device.type == "mps":
+        return int((torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()) * _PART)
+    return int(_free_host_memory() * _PART)
+
+
+def _free_host_memory() -> int:
+    try:
+        with open("/proc/meminfo") as file:
+            for line in file:
+                if line.startswith("MemAvailable:"):
+                    return int(line.split()[1]) * 1024
+    except FileNotFoundError:  # not Linux
+        pass
+    return int(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """torch raises its own type on GPUs, and a plain RuntimeError of the CPU allocator."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "not enough memory" in str(error)
+
+
+def release_memory(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    elif device.type == "mps":
+        torch.mps.empty_cache()
+    elif hasattr(ctypes.CDLL(None), "malloc_trim"):
+        ctypes.CDLL(None).malloc_trim(0)

@@ -1,0 +1,94 @@
+"""Threads beside the model: frames are decoded ahead and encoded behind, through bounded queues."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from types import TracebackType
+from typing import Generic, TypeVar
+
+Item = TypeVar("Item")
+_END = object()
+
+
+class _Failure:
+    def __init__(self, error: BaseException) -> None:
+        self.error = error
+
+
+def prefetch(items: Iterable[Item], depth: int) -> Iterator[Item]:
+    """Iterate `items` in a thread, at most `depth` ahead. Its exceptions arrive here, in order."""
+    ahead: queue.Queue[object] = queue.Queue(maxsize=depth)
+    stopped = threading.Event()
+
+    def offer(item: object) -> bool:
+        while not stopped.is_set():
+            try:
+                ahead.put(item, timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def work() -> None:
+        try:
+            for item in items:
+                if not offer(item):
+                    return
+            offer(_END)
+        except BaseException as error:  # noqa: BLE001 - handed over to the consumer, who raises it
+            offer(_Failure(error))
+
+    thread = threading.Thread(target=work, name="duovsr-decode", daemon=True)
+    thread.start()
+    try:
+        while (item := ahead.get()) is not _END:
+            if isinstance(item, _Failure):
+                raise item.error
+            yield item  # type: ignore[misc]
+    finally:
+        stopped.set()
+        thread.join()
+
+
+class BackgroundSink(Generic[Item]):
+    """Calls `consume` for every item in a thread. `put` blocks while `depth` items wait, and raises what it raised.
+
+    Leaving the `with` block waits for all items; leaving it by an exception drops what waits.
+    """
+
+    def __init__(self, consume: Callable[[Item], None], depth: int) -> None:
+        self._consume = consume
+        self._queue: queue.Queue[Item | object] = queue.Queue(maxsize=depth)
+        self._error: BaseException | None = None
+        self._dropped = threading.Event()
+        self._thread = threading.Thread(target=self._work, name="duovsr-encode", daemon=True)
+
+    def __enter__(self) -> BackgroundSink[Item]:
+        self._thread.start()
+        return self
+
+    def put(self, item: Item) -> None:
+        if self._error is not None:
+            raise self._error
+        self._queue.put(item)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is not None:
+            self._dropped.set()
+        self._queue.put(_END)
+        self._thread.join()
+        if error is None and self._error is not None:
+            raise self._error
+
+    def _work(self) -> None:
+        while (item := self._queue.get()) is not _END:
+            if self._dropped.is_set() or self._error is not None:
+                continue  # keep the queue moving, so that `put` never waits for ever
+            try:
+                self._consume(item)  # type: ignore[arg-type]
+            except BaseException as error:  # noqa: BLE001 - raised again by `put` or on leaving
+                self._error = error

@@ -1,0 +1,110 @@
+"""Deciding, in pure integers: sizes, padding, temporal chunks, spatial tiles, memory. Knows no models and no torch."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from duovsr.errors import UsageError
+from duovsr.options import UpscaleOptions
+
+TEMPORAL_FACTOR = 4  # frames a latent
+PAD_MULTIPLE = 16  # pixels a token: 8 by the autoencoder, 2 by the patch
+TILE_ALIGN = 256  # twice a window of 8 tokens: a tile then sees the windows that the whole frame would
+TILE_OVERLAP = 256
+MIN_TILE = 2 * TILE_OVERLAP
+
+# Peak bytes of a model call per output pixel and frame, by bytes of the dtype; and what the process holds besides.
+# Measured by `benchmarks/memory.py` (results/memory_cpu.json), rounded up.
+BYTES_PER_PIXEL = {2: 150, 4: 230}
+BASE_BYTES = 700 * 2**20
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A rectangle of the padded output frame, in pixels."""
+
+    x: int
+    y: int
+    width: int
+    height: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a clip is worked on. The same plan gives the same pixels; it is what `--dry-run` prints."""
+
+    source_size: tuple[int, int]  # (width, height)
+    target_size: tuple[int, int]
+    padded_size: tuple[int, int]
+    chunk: int  # frames a model call, a multiple of 4 (one more at a scene's start)
+    overlap: int | None  # warm-up frames of independent chunks; None: state is carried from chunk to chunk
+    tiles: tuple[Tile, ...]
+    device: str
+    dtype: str
+    memory_bytes: int  # estimated peak
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def plan_clip(
+    width: int, height: int, options: UpscaleOptions, *, device: str, dtype: str, dtype_bytes: int, free_bytes: int
+) -> Plan:
+    """Plan a clip of `width` x `height` frames for a device with `free_bytes` to spend.
+
+    Raises UsageError where `options` ask for the impossible.
+    """
+    target = options.target_size(width, height)
+    padded = (_round_up(target[0], PAD_MULTIPLE), _round_up(target[1], PAD_MULTIPLE))
+    chunk = max(TEMPORAL_FACTOR, (options.chunk or 8) // TEMPORAL_FACTOR * TEMPORAL_FACTOR)
+    overlap = None if options.overlap is None else _round_up(options.overlap, TEMPORAL_FACTOR)
+
+    def memory(tile: int, frames: int) -> int:
+        pixels = min(tile or padded[0], padded[0]) * min(tile or padded[1], padded[1])
+        return BASE_BYTES + pixels * (frames + 1) * BYTES_PER_PIXEL[dtype_bytes] + 24 * padded[0] * padded[1] * frames
+
+    tile = options.tile
+    if tile is None:  # auto: whole frames if they fit, shorter chunks before smaller tiles (tiles cost overlap)
+        tile = 0
+        if options.chunk is None and memory(0, chunk) > free_bytes:
+            chunk = TEMPORAL_FACTOR
+        if memory(0, chunk) > free_bytes:
+            sides = range(_round_up(max(padded), TILE_ALIGN), MIN_TILE - 1, -TILE_ALIGN)
+            tile = next((side for side in sides if memory(side, chunk) <= free_bytes), MIN_TILE)
+    elif tile != 0 and tile < MIN_TILE:
+        raise UsageError(f"unsupported tile: `{tile}`", hint=f"use `auto`, `off` or {MIN_TILE} pixels and more")
+    else:
+        tile = tile // TILE_ALIGN * TILE_ALIGN
+    return Plan(
+        source_size=(width, height),
+        target_size=target,
+        padded_size=padded,
+        chunk=chunk,
+        overlap=overlap,
+        tiles=plan_tiles(*padded, tile),
+        device=device,
+        dtype=dtype,
+        memory_bytes=memory(tile, chunk),
+    )
+
+
+def plan_tiles(width: int, height: int, side: int) -> tuple[Tile, ...]:
+    """Tiles of `side` (a multiple of TILE_ALIGN; 0: the whole frame) with TILE_OVERLAP pixels in common."""
+    columns, rows = _tile_spans(width, side), _tile_spans(height, side)
+    return tuple(Tile(x, y, w, h) for y, h in rows for x, w in columns)
+
+
+def _tile_spans(length: int, side: int) -> list[tuple[int, int]]:
+    """(start, length) of tiles along an axis: starts are multiples of TILE_ALIGN, the last ends with the frame."""
+    if side == 0 or length <= side:
+        return [(0, length)]
+    spans, start = [], 0
+    while start + side < length:
+        spans.append((start, side))
+        start += side - TILE_OVERLAP
+    return [*spans, (start, length - start)]
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple

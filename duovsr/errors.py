@@ -1,0 +1,47 @@
+"""Errors that people see: one line, a way out, and the exit code of DESIGN section 1.7."""
+
+from __future__ import annotations
+
+EXIT_OK = 0
+EXIT_WARNINGS = 1
+
+
+class DuovsrError(Exception):
+    """A failure that is the input's or the machine's, not the code's.
+
+    `str(error)` is one line that names the file or value at fault; `hint` says the way out where there is one.
+    """
+
+    exit_code = 1
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.hint = hint
+
+
+class UsageError(DuovsrError):
+    """A flag or option value that cannot be used."""
+
+    exit_code = 2
+
+
+class InputError(DuovsrError):
+    """An input that is missing, unreadable or not a video; also a model file that does not verify."""
+
+    exit_code = 3
+
+
+class NoSpaceError(DuovsrError):
+    """The target's disk is full, or would be."""
+
+    exit_code = 4
+
+
+class OutOfMemoryError(DuovsrError):
+    """Memory ran out after every step down of the plan."""
+
+    exit_code = 5
+
+
+class TrainError(DuovsrError):
+    """Training cannot go on (a non-finite loss, no usable data)."""

@@ -1,0 +1,75 @@
+"""Layers of the DiT, as Wan2.1's `model.py` defines them: norms, rotary positions, timestep embedding."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+ROPE_THETA = 10000.0
+
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def channels_last(module: Module) -> Module:
+    """Convolution weights in the layout that their kernels read."""
+    return module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over all channels, before the split into heads (Wan2.1's q/k norm)."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        # The norm accumulates in float32 without a float32 copy of x, which costs five times as much on a CPU.
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+        scale = torch.rsqrt(norm.square() / x.shape[-1] + self.eps)
+        return x * (scale * self.weight).to(x.dtype)
+
+
+def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
+    """LayerNorm without parameters (torch accumulates it in float32), then x (1 + scale) + shift."""
+    return torch.addcmul(shift, nn.functional.layer_norm(x, (x.shape[-1],), eps=eps), 1 + scale)
+
+
+def timestep_embedding(timestep: Tensor, dim: int) -> Tensor:
+    """Sinusoid of `timestep` (B,) in 0..1000 -> (B, dim) float32, ordered [cos | sin]; float64 inside as in Wan2.1.
+
+    MPS has no float64: there the angles are float32.
+    """
+    dtype = torch.float32 if timestep.device.type == "mps" else torch.float64
+    half = dim // 2
+    frequencies = ROPE_THETA ** (-torch.arange(half, dtype=dtype, device=timestep.device) / half)
+    angles = timestep.to(dtype)[:, None] * frequencies
+    return torch.cat([angles.cos(), angles.sin()], dim=1).float()
+
+
+def rope_table(T: int, H: int, W: int, head_dim: int, start: int, device: torch.device) -> Tensor:
+    """Rotations e^(i angle) of latent frames start .. start + T: complex64 (T, H, W, 1, head_dim / 2).
+
+    Each axis has its own frequency ladder; of the head_dim / 2 pairs, t gets what h and w (a third each) leave
+    (22/21/21 for head_dim 128). Computed on the CPU in float64, so that every device rotates by the same angles.
+    """
+    pairs = head_dim // 2
+    split = [pairs - 2 * (pairs // 3), pairs // 3, pairs // 3]
+    positions = [torch.arange(start, start + T), torch.arange(H), torch.arange(W)]
+    axes = []
+    for axis, (n, position) in enumerate(zip(split, positions, strict=True)):
+        ladder = ROPE_THETA ** (-torch.arange(n, dtype=torch.float64) / n)
+        angles = position.double()[:, None] * ladder
+        shape = [1, 1, 1, n]
+        shape[axis] = -1
+        axes.append(torch.polar(torch.ones_like(angles), angles).view(shape).expand(T, H, W, n))
+    return torch.cat(axes, dim=-1)[:, :, :, None].to(torch.complex64).to(device)
+
+
+def apply_rope(x: Tensor, rotations: Tensor) -> Tensor:
+    """Rotate interleaved pairs (2i, 2i + 1) of x (B, T, H, W, heads, head_dim) by `rope_table`'s angles."""
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * rotations).flatten(-2).to(x.dtype)

@@ -1,0 +1,209 @@
+"""TinyVAE: a light causal autoencoder whose decoder sees the LQ frames (DESIGN section 2).
+
+8x8 in space, 4x in time, 16 channels. Frames and latents are aligned as in Wan2.1: latent 0 holds frame 0 alone (the
+three frames that would precede it are copies of it), latent i holds frames 4i - 3 .. 4i. Since the decoder receives
+the LQ frames at the target size, the latent only carries what the LQ lacks.
+
+Everything is causal in time with one step of memory per `MemoryBlock`; the memory is passed in and out, so a streamed
+clip equals the whole one. Frames of one call are processed as one batch of 2D convolutions, channels last.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from duovsr.options import TinyVAEConfig
+
+TEMPORAL_FACTOR = 4
+SPATIAL_FACTOR = 8
+
+
+@dataclass(frozen=True)
+class VAEState:
+    """The last input of each memory block, (B, C, H, W) each."""
+
+    memories: tuple[Tensor, ...]
+
+
+class MemoryBlock(nn.Module):
+    """Residual block whose first convolution also sees the step before. Input (B, T, C, H, W)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.current = nn.Conv2d(channels, channels, 3, padding=1)
+        self.previous = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.middle = nn.Conv2d(channels, channels, 3, padding=1)
+        self.out = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor, memory: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Returns the output and the next memory. At a scene's start (`memory` None) step 0 is its own predecessor."""
+        B, T = x.shape[:2]
+        memory = x[:, 0] if memory is None else memory
+        before = torch.cat([memory[:, None], x[:, :-1]], dim=1)
+        h = F.relu(self.current(_merge(x)) + self.previous(_merge(before)), inplace=not self.training)
+        h = F.relu(self.middle(h), inplace=not self.training)
+        return x + _split(self.out(h), B), x[:, -1]
+
+
+class ResBlock(nn.Module):
+    """Two convolutions with a skip, one frame at a time. Input (N, C, H, W)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(channels, channels, 3, padding=1)
+        self.second = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.second(F.relu(self.first(x), inplace=not self.training))
+
+
+class Encoder(nn.Module):
+    def __init__(self, config: TinyVAEConfig) -> None:
+        super().__init__()
+        width = config.encoder_width
+        self.conv_in = nn.Conv2d(3 * SPATIAL_FACTOR**2, width, 3, padding=1)
+        self.block = ResBlock(width)
+        self.merge_time = nn.Conv2d(TEMPORAL_FACTOR * width, config.width_8, 1)
+        self.memory_block = MemoryBlock(config.width_8)
+        self.conv_out = nn.Conv2d(config.width_8, config.latent_channels, 3, padding=1)
+
+    def forward(self, frames: Tensor, memory: Tensor | None) -> tuple[Tensor, Tensor]:
+        """frames (B, 4T, 3, H, W) -> latents (B, T, C, H / 8, W / 8)."""
+        B, dtype = frames.shape[0], self.conv_in.weight.dtype
+        h = self.block(F.relu(self.conv_in(unshuffle(_merge(frames.to(dtype)), SPATIAL_FACTOR))))
+        h = h.unflatten(0, (-1, TEMPORAL_FACTOR)).flatten(1, 2).contiguous(memory_format=torch.channels_last)
+        h, memory = self.memory_block(_split(F.relu(self.merge_time(h)), B), memory)
+        return _split(self.conv_out(_merge(h)), B), memory
+
+
+class Decoder(nn.Module):
+    def __init__(self, config: TinyVAEConfig) -> None:
+        super().__init__()
+        w8, w4 = config.width_8, config.width_4
+        self.lq_in = nn.Conv2d(3 * 4**2, w4, 3, padding=1)
+        self.lq_down = nn.Conv2d(4 * w4, w8, 1)
+        self.latent_in = nn.Conv2d(config.latent_channels, w8, 3, padding=1)
+        self.latent_blocks = nn.ModuleList(ResBlock(w8) for _ in range(config.latent_blocks))
+        self.expand_time = nn.Conv2d(w8, TEMPORAL_FACTOR * w8, 1)
+        self.memory_blocks = nn.ModuleList(MemoryBlock(w8) for _ in range(config.blocks_8))
+        self.up = nn.Conv2d(w8, 4 * w4, 1)
+        self.blocks = nn.ModuleList(ResBlock(w4) for _ in range(config.blocks_4))
+        self.conv_out = nn.Conv2d(w4, 3 * 4**2, 3, padding=1)
+
+    def forward(
+        self, latents: Tensor | None, lq: Tensor, memories: tuple[Tensor, ...] | None
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """latents (B, T, C, H / 8, W / 8) or None for the latent-free decode, lq (B, 4T, 3, H, W) -> frames like lq."""
+        B, dtype = lq.shape[0], self.lq_in.weight.dtype
+        lq_quarter = F.relu(self.lq_in(unshuffle(_merge(lq.to(dtype)), 4)))
+        h = self.lq_down(unshuffle(lq_quarter, 2))
+        if latents is not None:
+            h = h + self._expand(latents.to(dtype))
+        h = _split(h, B)
+        next_memories = []
+        for i, block in enumerate(self.memory_blocks):
+            h, memory = block(h, None if memories is None else memories[i])
+            next_memories.append(memory)
+        quarter = shuffle(self.up(_merge(h)), 2) + lq_quarter
+        for block in self.blocks:
+            quarter = block(quarter)
+        residual = shuffle(self.conv_out(quarter), 4)
+        # Added in the frames' own type: bfloat16 would round the picture itself to 8 bits less a sign.
+        return lq + _split(residual, B), tuple(next_memories)
+
+    def _expand(self, latents: Tensor) -> Tensor:
+        """Latents (B, T, C, h, w) -> features (B 4T, width_8, h, w): each latent step gives four frames."""
+        z = F.relu(self.latent_in(_merge(latents)))
+        for block in self.latent_blocks:
+            z = block(z)
+        return _channels_last(self.expand_time(z).unflatten(1, (TEMPORAL_FACTOR, -1)).flatten(0, 1))
+
+
+class TinyVAE(nn.Module):
+    """Frames (B, 3, T, H, W) in [-1, 1] <-> normalised latents (B, 16, T', H / 8, W / 8). H, W: multiples of 8."""
+
+    def __init__(self, config: TinyVAEConfig) -> None:
+        super().__init__()
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+        self.latent_mean: Tensor
+        self.latent_std: Tensor
+        self.register_buffer("latent_mean", torch.zeros(config.latent_channels))
+        self.register_buffer("latent_std", torch.ones(config.latent_channels))
+
+    def encode(self, frames: Tensor, state: VAEState | None = None) -> tuple[Tensor, VAEState]:
+        """Encode 4k + 1 frames at a scene's start (`state` None), 4k after it; k + 1 or k latents come out.
+
+        Latents are normalised per channel to zero mean and unit variance (statistics of the training data).
+        """
+        x = _time_first(frames)
+        if state is None:
+            x = _repeat_first(x)
+        latents, memory = self.encoder(x, None if state is None else state.memories[0])
+        latents = latents.transpose(1, 2).float()
+        mean, std = self._statistics(latents)
+        return (latents - mean) / std, VAEState((memory,))
+
+    def decode(self, latents: Tensor | None, lq: Tensor, state: VAEState | None = None) -> tuple[Tensor, VAEState]:
+        """Decode normalised latents with the LQ frames of the same times at the target size (B, 3, T, H, W).
+
+        `latents` None gives the faithful, latent-free decode. Returns frames in the shape of `lq`, not clamped.
+        """
+        x = _time_first(lq)
+        if state is None:
+            x = _repeat_first(x)
+        if latents is not None:
+            mean, std = self._statistics(latents)
+            latents = (latents * std + mean).transpose(1, 2)
+        frames, memories = self.decoder(latents, x, None if state is None else state.memories)
+        frames = frames.transpose(1, 2)
+        return frames[:, :, TEMPORAL_FACTOR - 1 :] if state is None else frames, VAEState(memories)
+
+    def _statistics(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        shape = (1, -1, 1, 1, 1)
+        return self.latent_mean.to(latents.dtype).view(shape), self.latent_std.to(latents.dtype).view(shape)
+
+
+def _time_first(frames: Tensor) -> Tensor:
+    """(B, 3, T, H, W) -> (B, T, 3, H, W)."""
+    return frames.transpose(1, 2)
+
+
+def _repeat_first(x: Tensor) -> Tensor:
+    """Put TEMPORAL_FACTOR - 1 copies of the first step of (B, T, ...) in front."""
+    return torch.cat([x[:, :1]] * (TEMPORAL_FACTOR - 1) + [x], dim=1)
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def _merge(x: Tensor) -> Tensor:
+    """(B, T, C, H, W) -> (B T, C, H, W), channels last."""
+    return _channels_last(x.flatten(0, 1))
+
+
+def _split(x: Tensor, B: int) -> Tensor:
+    """(B T, C, H, W) -> (B, T, C, H, W)."""
+    return x.unflatten(0, (B, -1))
+
+
+def unshuffle(x: Tensor, factor: int) -> Tensor:
+    """Pixel-unshuffle (N, C, H, W) -> (N, factor^2 C, H / factor, W / factor), channels (row, column, C).
+
+    This channel order keeps runs of C values together in channels-last memory, where torch's own order strides.
+    """
+    N, C, H, W = x.shape
+    x = x.permute(0, 2, 3, 1).reshape(N, H // factor, factor, W // factor, factor, C).permute(0, 1, 3, 2, 4, 5)
+    return x.reshape(N, H // factor, W // factor, factor * factor * C).permute(0, 3, 1, 2)
+
+
+def shuffle(x: Tensor, factor: int) -> Tensor:
+    """The inverse of `unshuffle`."""
+    N, C, H, W = x.shape
+    x = x.permute(0, 2, 3, 1).reshape(N, H, W, factor, factor, C // factor**2).permute(0, 1, 3, 2, 4, 5)
+    return x.reshape(N, H * factor, W * factor, -1).permute(0, 3, 1, 2)

@@ -1,0 +1,149 @@
+"""Every setting of duovsr as frozen dataclasses. Imports no torch, so that `duovsr --help` stays fast."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+from duovsr.errors import UsageError
+
+ColorTransfer = Literal["wavelet", "adain", "none"]
+COLOR_TRANSFERS: tuple[str, ...] = ("wavelet", "adain", "none")
+DEVICES: tuple[str, ...] = ("auto", "cpu", "cuda", "mps")
+DTYPES: tuple[str, ...] = ("auto", "float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class WindowConfig:
+    """Local attention: `height` x `width` tokens in space, the current and `past` earlier latent frames in time."""
+
+    height: int
+    width: int
+    past: int
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    """The Wan2.1-shaped DiT (reference: Wan2.1 `model.py`; paper section 3.1). `window=None` is full 3D attention."""
+
+    dim: int
+    ffn_dim: int
+    heads: int
+    layers: int
+    latent_channels: int = 16
+    freq_dim: int = 256
+    text_dim: int = 4096
+    text_length: int = 512
+    patch: tuple[int, int, int] = (1, 2, 2)
+    eps: float = 1e-6
+    window: WindowConfig | None = None
+
+    @property
+    def in_channels(self) -> int:
+        """Noisy latents first, LQ latents second."""
+        return 2 * self.latent_channels
+
+
+@dataclass(frozen=True)
+class TinyVAEConfig:
+    """Widths of TinyVAE: `width_8` channels at 1/8 of the frame's resolution, `width_4` at 1/4."""
+
+    latent_channels: int = 16
+    encoder_width: int = 64
+    width_8: int = 96
+    width_4: int = 48
+    latent_blocks: int = 2
+    blocks_8: int = 3
+    blocks_4: int = 2
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A model that `--model` can name. `shared_noise`: the part of its noise's variance that latents share."""
+
+    name: str
+    transformer: TransformerConfig
+    vae: TinyVAEConfig | None
+    shared_noise: float = 0.0
+    default_strength: float = 1.0
+
+
+PRESETS: dict[str, Preset] = {
+    "tiny": Preset(
+        name="tiny",
+        transformer=TransformerConfig(
+            dim=256,
+            ffn_dim=768,
+            heads=4,
+            layers=6,
+            text_dim=256,
+            text_length=8,
+            window=WindowConfig(height=8, width=8, past=1),
+        ),
+        vae=TinyVAEConfig(),
+        shared_noise=0.8,
+    ),
+    "1.3b": Preset(
+        name="1.3b",
+        transformer=TransformerConfig(dim=1536, ffn_dim=8960, heads=12, layers=30),
+        vae=None,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class UpscaleOptions:
+    """What `upscale` is asked to do with one clip. `None`: chosen by the planner or by the source's properties."""
+
+    scale: float = 4.0
+    size: tuple[int, int] | None = None  # (width, height); overrides `scale`
+    seed: int = 0
+    strength: float | None = None  # 0 faithful .. 1 full detail; None: the preset's default
+    chunk: int | None = None  # frames a model call
+    overlap: int | None = None  # warm-up frames where a chunk cannot take over the state of the one before it
+    tile: int | None = None  # output pixels a tile side; None: auto, 0: off
+    color: ColorTransfer = "wavelet"
+    codec: str | None = None
+    crf: int | None = None
+    pix_fmt: str | None = None
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.scale) and 1 <= self.scale <= 4):
+            raise UsageError(f"unsupported scale: `{self.scale:g}`", hint="use a value from 1 to 4")
+        if self.size is not None and min(self.size) < 1:
+            raise UsageError(f"unsupported size: `{self.size[0]}x{self.size[1]}`", hint="use `--size WIDTHxHEIGHT`")
+        if not 0 <= self.seed < 2**63:
+            raise UsageError(f"unsupported seed: `{self.seed}`", hint="use a whole number from 0 to 2^63 - 1")
+        if self.strength is not None and not 0 <= self.strength <= 1:
+            raise UsageError(f"unsupported strength: `{self.strength:g}`", hint="use a value from 0 to 1")
+        if self.chunk is not None and self.chunk < 1:
+            raise UsageError(f"unsupported chunk: `{self.chunk}`", hint="use a number of frames, 1 or more")
+        if self.overlap is not None and self.overlap < 0:
+            raise UsageError(f"unsupported overlap: `{self.overlap}`", hint="use a number of frames, 0 or more")
+        if self.color not in COLOR_TRANSFERS:
+            raise UsageError(f"unsupported color transfer: `{self.color}`", hint="use wavelet, adain or none")
+        if self.crf is not None and not 0 <= self.crf <= 63:
+            raise UsageError(f"unsupported crf: `{self.crf}`", hint="use a whole number from 0 to 63")
+
+    def target_size(self, width: int, height: int) -> tuple[int, int]:
+        """Output (width, height) in pixels of a `width` x `height` source, to the pixel (DESIGN 1.1)."""
+        if self.size is None:
+            return math.floor(self.scale * width + 0.5), math.floor(self.scale * height + 0.5)
+        out_width, out_height = self.size
+        if not (width <= out_width <= 4 * width and height <= out_height <= 4 * height):
+            raise UsageError(
+                f"unsupported size: `{out_width}x{out_height}` for a {width}x{height} source",
+                hint="each side may grow by a factor from 1 to 4",
+            )
+        return out_width, out_height
+
+
+@dataclass(frozen=True)
+class Progress:
+    """A report to `on_progress`: frames written so far, of `total` where the container tells it."""
+
+    done: int
+    total: int | None
+    notices: tuple[str, ...] = field(default=())

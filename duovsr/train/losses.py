@@ -1,0 +1,61 @@
+"""Pixel losses and the patch discriminator. Frames are (B, 3, T, H, W) in [-1, 1]."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils.parametrizations import spectral_norm
+
+
+def charbonnier(output: Tensor, target: Tensor) -> Tensor:
+    """A smooth L1: it does not blur as a squared error does, and its gradient does not jump at zero."""
+    return torch.sqrt((output - target).square() + 1e-6).mean()
+
+
+def gradient_loss(output: Tensor, target: Tensor) -> Tensor:
+    """L1 between the spatial differences at full and half resolution: edges count beyond their area."""
+    loss = output.new_zeros(())
+    error = (output - target).transpose(1, 2).flatten(0, 1)  # differences are linear: take them of the error
+    for _ in range(2):
+        loss = loss + (error[..., 1:] - error[..., :-1]).abs().mean()
+        loss = loss + (error[..., 1:, :] - error[..., :-1, :]).abs().mean()
+        error = F.avg_pool2d(error, 2)
+    return loss / 2
+
+
+def temporal_loss(output: Tensor, target: Tensor) -> Tensor:
+    """L1 between the differences of neighbouring frames: flicker that the truth does not have."""
+    error = output - target
+    return (error[:, :, 1:] - error[:, :, :-1]).abs().mean()
+
+
+class PatchDiscriminator(nn.Module):
+    """Convolutional critic of single frames beside their upsampled LQ; spectral norm keeps it from running away."""
+
+    def __init__(self, width: int = 48) -> None:
+        super().__init__()
+        widths = [6 * 4, width, 2 * width, 4 * width]
+        layers: list[nn.Module] = [nn.PixelUnshuffle(2)]
+        for i, (before, after) in enumerate(zip(widths, widths[1:], strict=False)):
+            stride = 1 if i == 0 else 2
+            layers += [spectral_norm(nn.Conv2d(before, after, 3, stride, 1)), nn.LeakyReLU(0.2)]
+        layers += [spectral_norm(nn.Conv2d(widths[-1], widths[-1], 3, 1, 1)), nn.LeakyReLU(0.2)]
+        layers += [spectral_norm(nn.Conv2d(widths[-1], 1, 3, 1, 1))]
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, frames: Tensor, lq: Tensor) -> Tensor:
+        """Frames and LQ (B, 3, T, H, W) -> logits (B T, 1, H / 8, W / 8)."""
+        pair = torch.cat([frames, lq], dim=1).transpose(1, 2).flatten(0, 1)
+        logits: Tensor = self.layers(pair.contiguous(memory_format=torch.channels_last))
+        return logits.float()
+
+
+def hinge_discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:
+    """L_D of eq. 8."""
+    return F.relu(1 - real).mean() + F.relu(1 + fake).mean()
+
+
+def hinge_generator_loss(fake: Tensor) -> Tensor:
+    """L_G of eq. 8."""
+    return -fake.mean()

@@ -1,0 +1,113 @@
+"""Joint refinement of student and decoder in pixels (ours, not the paper's).
+
+The decoder learns to restore from the student's latents instead of true ones, with a small adversarial loss; the
+distilled student stays as an anchor, so that the noise keeps its meaning.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from duovsr.model import flow
+from duovsr.model.layers import channels_last
+from duovsr.options import PRESETS
+from duovsr.train.base import PromptedTransformer, load_vae, shared_noise
+from duovsr.train.data import Pool
+from duovsr.train.loop import LoopConfig, load_final, optimizer_step, run_loop
+from duovsr.train.losses import (
+    PatchDiscriminator,
+    charbonnier,
+    gradient_loss,
+    hinge_discriminator_loss,
+    hinge_generator_loss,
+    temporal_loss,
+)
+
+
+@dataclass(frozen=True)
+class RefineTrainConfig:
+    loop: LoopConfig = LoopConfig(steps=2500)
+    learning_rate: float = 2e-4
+    discriminator_rate: float = 2e-4
+    batch: int = 5
+    crop: int = 128
+    frames: int = 5
+    gradient_weight: float = 0.5
+    temporal_weight: float = 0.3
+    adversarial_weight: float = 0.02
+    adversarial_start: int = 400  # the discriminator learns alone for a while, the decoder settles
+    anchor_weight: float = 0.05
+    faithful_weight: float = 0.3
+
+
+def train_refine(pools: list[Path], vae_run: Path, student_run: Path, out: Path, config: RefineTrainConfig) -> None:
+    """Refine a one-step student and its decoder; `out/final.pt` holds modules `student` and `vae`."""
+    preset = PRESETS["tiny"]
+    torch.manual_seed(config.loop.seed)
+    vae = load_vae(preset, vae_run)
+    vae.decoder.requires_grad_(True)
+    anchor, student = PromptedTransformer(preset), PromptedTransformer(preset)
+    for model in (anchor, student):
+        model.load_state_dict(load_final(student_run, "student"), strict=True)
+    anchor.requires_grad_(False)
+    discriminator = channels_last(PatchDiscriminator())
+    trained = [*vae.decoder.parameters(), *student.parameters()]
+    generator_optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
+    discriminator_optimizer = torch.optim.AdamW(
+        discriminator.parameters(), lr=config.discriminator_rate, betas=(0.5, 0.99), weight_decay=0.0
+    )
+    pool = Pool(pools, config.loop.seed)
+    sigma = torch.ones(config.batch)
+
+    def step(n: int) -> dict[str, Tensor]:
+        hq, lq = pool.batch(n, config.batch, config.crop, config.frames)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            z_lq, _ = vae.encode(lq)
+            z_lq = z_lq.float()
+        eps = shared_noise(z_lq, preset.shared_noise)
+        x0 = flow.x0_from_velocity(eps, student(eps, z_lq, sigma), sigma)
+        with torch.no_grad():
+            x0_anchor = flow.x0_from_velocity(eps, anchor(eps, z_lq, sigma), sigma)
+        with torch.autocast("cpu", torch.bfloat16):
+            output, _ = vae.decode(x0, lq)
+            faithful, _ = vae.decode(None, lq[:1])
+        output = output.float()
+        pixel = charbonnier(output, hq)
+        loss = pixel + config.gradient_weight * gradient_loss(output, hq)
+        loss = loss + config.temporal_weight * temporal_loss(output, hq)
+        loss = loss + config.anchor_weight * (x0 - x0_anchor).square().mean()
+        loss = loss + config.faithful_weight * charbonnier(faithful.float(), hq[:1])
+
+        discriminator.requires_grad_(True)
+        with torch.autocast("cpu", torch.bfloat16):
+            real, fake = discriminator(hq, lq), discriminator(output.detach(), lq)
+        discriminator_loss = hinge_discriminator_loss(real, fake)
+        optimizer_step(discriminator_loss, discriminator_optimizer, config.loop.clip)
+
+        discriminator.requires_grad_(False)
+        with torch.autocast("cpu", torch.bfloat16):
+            adversarial = hinge_generator_loss(discriminator(output, lq))
+        if n >= config.adversarial_start:
+            loss = loss + config.adversarial_weight * adversarial
+        norm = optimizer_step(loss, generator_optimizer, config.loop.clip)
+        with torch.no_grad():
+            psnr = -10 * torch.log10((output.clamp(-1, 1) - hq).square().mean() / 4)
+            psnr_lq = -10 * torch.log10((lq.clamp(-1, 1) - hq).square().mean() / 4)
+        return {
+            "pixel": pixel.detach(),
+            "psnr_gain": psnr - psnr_lq,
+            "adversarial": adversarial.detach(),
+            "discriminator": discriminator_loss.detach(),
+            "real": real.detach().mean(),
+            "fake": fake.detach().mean(),
+            "anchor": (x0 - x0_anchor).square().mean().detach(),
+            "grad_norm": norm,
+        }
+
+    modules = {"student": student, "vae": vae, "discriminator": discriminator}
+    optimizers = {"generator": generator_optimizer, "discriminator": discriminator_optimizer}
+    run_loop(out, config.loop, modules, optimizers, step, config, ema_of=("student", "vae"))

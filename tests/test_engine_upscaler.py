@@ -1,0 +1,260 @@
+"""The library: exact sizes and counts, streamed = whole, tiles and chunks without seams, memory that runs out."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+from torch.testing import assert_close
+
+from duovsr import Progress, UpscaleOptions, Upscaler
+from duovsr.engine import color, pipeline
+from duovsr.engine.plan import Plan
+from duovsr.errors import InputError, OutOfMemoryError, UsageError
+from duovsr.model.one_step import OneStepModel
+from duovsr.video.reader import VideoReader
+from tests.clips import Clip, write_clip
+
+
+def moving(count: int, width: int = 63, height: int = 47) -> list[np.ndarray]:
+    """Blocks of texture that drift, float32 in [0, 1]."""
+    canvas = np.random.default_rng(0).random((height // 3 + 2, (width + count) // 3 + 2, 3), np.float32)
+    canvas = canvas.repeat(3, 0).repeat(3, 1)
+    return [np.ascontiguousarray(canvas[:height, i : i + width]) for i in range(count)]
+
+
+@pytest.mark.parametrize("count", [33, 100])
+def test_streamed_equals_whole(small_upscaler: Upscaler, count: int) -> None:
+    clip = moving(count)
+    whole = np.stack(list(small_upscaler.stream(clip, UpscaleOptions(scale=2, chunk=128))))
+    for chunk in (4, 8, 12):
+        streamed = np.stack(list(small_upscaler.stream(clip, UpscaleOptions(scale=2, chunk=chunk))))
+        assert np.abs(streamed - whole).max() <= 1e-4
+
+
+def test_independent_chunks_equal_the_whole_when_warmed_up_beyond_the_reach(small_upscaler: Upscaler) -> None:
+    clip = moving(33)
+    whole = np.stack(list(small_upscaler.stream(clip, UpscaleOptions(scale=2))))
+    warm, cold = (
+        np.stack(list(small_upscaler.stream(clip, UpscaleOptions(scale=2, chunk=8, overlap=n)))) for n in (20, 0)
+    )
+    assert np.abs(warm - whole).max() <= 1e-4
+    assert np.abs(cold - whole).max() > 1e-3, "a cold start must show, or this test could not fail"
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 17])
+@pytest.mark.parametrize("scale", [1, 1.5, 2, 3, 4])
+def test_one_frame_out_for_each_in_at_the_exact_size(small_upscaler: Upscaler, count: int, scale: float) -> None:
+    outputs = list(small_upscaler.stream(moving(count, 21, 13), UpscaleOptions(scale=scale)))
+    assert [frame.shape for frame in outputs] == [(int(13 * scale + 0.5), int(21 * scale + 0.5), 3)] * count
+
+
+def test_one_pixel_goes_through(small_upscaler: Upscaler) -> None:
+    (frame,) = small_upscaler.stream([np.full((1, 1, 3), 77, np.uint8)], UpscaleOptions(scale=4))
+    assert frame.shape == (4, 4, 3)
+
+
+def test_the_kind_of_the_frames_is_kept(small_upscaler: Upscaler) -> None:
+    floats = moving(5, 32, 24)
+    as_float = np.stack(list(small_upscaler.stream(floats, UpscaleOptions(scale=2))))
+    for dtype in (np.uint8, np.uint16):
+        top = np.iinfo(dtype).max
+        inputs = [np.rint(frame * top).astype(dtype) for frame in floats]
+        outputs = np.stack(list(small_upscaler.stream(inputs, UpscaleOptions(scale=2))))
+        assert outputs.dtype == dtype
+        # The input was rounded: at most half a level, seen through a random network.
+        assert np.abs(outputs / top - as_float).max() < (0.05 if dtype == np.uint8 else 5e-4)
+    tensors = list(small_upscaler.stream([torch.from_numpy(frame) for frame in floats], UpscaleOptions(scale=2)))
+    assert all(isinstance(frame, torch.Tensor) for frame in tensors)
+    assert np.array_equal(torch.stack(tensors).numpy(), as_float)
+
+
+def test_frames_that_do_not_fit_are_refused(small_upscaler: Upscaler) -> None:
+    good = np.zeros((8, 8, 3), np.uint8)
+    for bad in (np.zeros((8, 9, 3), np.uint8), np.zeros((8, 8, 3), np.uint16)):
+        with pytest.raises(InputError, match="frame 1 is"):
+            list(small_upscaler.stream([good, bad]))
+    for bad in (np.zeros((8, 8), np.uint8), np.zeros((8, 8, 4), np.uint8), np.zeros((8, 8, 3), np.float64)):
+        with pytest.raises(InputError, match="frame 0 is"):
+            list(small_upscaler.stream([bad]))
+
+
+def test_no_frames_in_no_frames_out(small_upscaler: Upscaler) -> None:
+    assert list(small_upscaler.stream([])) == []
+
+
+def test_tiles_show_no_seams(small_upscaler: Upscaler) -> None:
+    clip = moving(5, 256, 144)
+    whole = np.stack(list(small_upscaler.stream(clip, UpscaleOptions(scale=4, tile=0))))
+    tiled = np.stack(list(small_upscaler.stream(clip, UpscaleOptions(scale=4, tile=512))))
+    error = np.abs(tiled - whole)
+    assert 0 < error.mean() < 2e-3
+    steps = np.abs(np.diff(tiled, axis=2)).mean((0, 1, 3)) / np.abs(np.diff(whole, axis=2)).mean((0, 1, 3))
+    borders = [x - 1 for x in (256, 512, 768)]
+    assert steps[borders].max() <= 1.1 * np.median(steps)
+
+
+def test_strength_zero_is_the_faithful_decode(small_upscaler: Upscaler) -> None:
+    clip = moving(9, 32, 24)
+    outputs = [
+        np.stack(list(small_upscaler.stream(clip, UpscaleOptions(scale=2, strength=s, seed=seed, color="none"))))
+        for s, seed in ((0.0, 0), (0.0, 1), (0.5, 0), (1.0, 0))
+    ]
+    assert np.array_equal(outputs[0], outputs[1]), "without generated detail there is no noise"
+    inner = (outputs[0] > 0) & (outputs[0] < 1) & (outputs[3] > 0) & (outputs[3] < 1)
+    assert_close(outputs[2][inner], ((outputs[0] + outputs[3]) / 2)[inner], rtol=0, atol=1e-5)
+
+
+def limited_memory(model: OneStepModel, most: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Let the model fail as torch's CPU allocator does for calls of more than `most` frames; returns the calls."""
+    restore, calls = OneStepModel.restore, []
+
+    def failing(self: OneStepModel, lq: torch.Tensor, *args: object, **kwargs: object) -> object:
+        calls.append(lq.shape[2])
+        if lq.shape[2] > most:
+            raise RuntimeError("[enforce fail at alloc_cpu.cpp:128] . DefaultCPUAllocator: not enough memory")
+        return restore(self, lq, *args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(OneStepModel, "restore", failing)
+    return calls
+
+
+def test_out_of_memory_steps_down_and_changes_no_pixel(
+    small_upscaler: Upscaler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write_clip(tmp_path / "in.mp4")
+    small_upscaler.upscale_file(source, tmp_path / "whole.mkv", UpscaleOptions(scale=2, codec="ffv1"))
+    calls = limited_memory(small_upscaler.model, 5, monkeypatch)
+    report = small_upscaler.upscale_file(source, tmp_path / "out.mkv", UpscaleOptions(scale=2, codec="ffv1"))
+    assert max(calls) > 5
+    assert any("memory ran out" in notice for notice in report.notices)
+    with VideoReader(tmp_path / "whole.mkv") as first, VideoReader(tmp_path / "out.mkv") as second:
+        for a, b in zip(first, second, strict=True):
+            assert np.array_equal(a.pixels, b.pixels)
+
+
+def test_out_of_memory_after_every_step_down_is_an_error(
+    small_upscaler: Upscaler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limited_memory(small_upscaler.model, 0, monkeypatch)
+    with pytest.raises(OutOfMemoryError, match="out of cpu memory"):
+        small_upscaler.upscale_file(write_clip(tmp_path / "in.mp4"), tmp_path / "out.mp4", UpscaleOptions(scale=2))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.mp4"]
+
+
+@pytest.mark.parametrize(("size", "scale"), [((63, 47), 2), ((321, 181), 1.5), ((64, 48), 3)])
+@pytest.mark.parametrize("count", [1, 5, 33])
+def test_a_file_keeps_count_size_times_and_sound(
+    small_upscaler: Upscaler, tmp_path: Path, size: tuple[int, int], scale: float, count: int
+) -> None:
+    pts = [512 * i + (256 if i % 3 == 1 else 0) for i in range(count)]  # a variable rate
+    source = write_clip(tmp_path / "in.mp4", Clip(pts=pts, size=size, audio=("aac",)))
+    seen: list[Progress] = []
+    report = small_upscaler.upscale_file(source, tmp_path / "out.mp4", UpscaleOptions(scale=scale), seen.append)
+    assert report.frames == count
+    assert [progress.done for progress in seen] == list(range(1, count + 1))
+    with VideoReader(source) as before, VideoReader(tmp_path / "out.mp4") as after:
+        times = [(frame.pts * frame.time_base) for frame in before]
+        assert [(frame.pts * frame.time_base) for frame in after] == times
+        assert (after.info.width, after.info.height) == UpscaleOptions(scale=scale).target_size(*size)
+    assert audio_packets(source) == audio_packets(tmp_path / "out.mp4")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.mp4", "out.mp4"]
+
+
+def audio_packets(path: Path) -> list[tuple[Fraction, bytes]]:
+    with av.open(str(path)) as container:
+        stream = container.streams.audio[0]
+        return [(p.pts * p.time_base, bytes(p)) for p in container.demux(stream) if p.size and p.pts is not None]
+
+
+def test_a_failing_model_leaves_no_file(
+    small_upscaler: Upscaler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(OneStepModel, "restore", broken)
+    with pytest.raises(KeyboardInterrupt):
+        small_upscaler.upscale_file(write_clip(tmp_path / "in.mp4"), tmp_path / "out.mp4", UpscaleOptions(scale=2))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.mp4"]
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("duovsr")]
+
+
+def test_prefetch_hands_over_items_and_errors_in_order() -> None:
+    def source() -> Iterator[int]:
+        yield from range(5)
+        raise ValueError("after five")
+
+    received = []
+    with pytest.raises(ValueError, match="after five"):
+        received.extend(item for item in [] or received_from(pipeline.prefetch(source(), depth=2), received))
+    assert received == list(range(5))
+
+
+def received_from(items: Iterator[int], into: list[int]) -> Iterator[int]:
+    for item in items:
+        into.append(item)
+    yield from ()
+
+
+def test_sink_raises_what_its_thread_raised() -> None:
+    def refuse(item: int) -> None:
+        raise OSError(f"refused {item}")
+
+    with pytest.raises(OSError, match="refused 0"), pipeline.BackgroundSink(refuse, depth=1) as sink:
+        for item in range(100):
+            sink.put(item)
+
+
+def test_wavelet_transfer_takes_the_low_band_and_keeps_the_detail() -> None:
+    torch.manual_seed(0)
+    detail = torch.randn(1, 3, 2, 128, 160) * 0.1
+    lq = torch.linspace(-0.5, 0.5, 160).expand(1, 3, 2, 128, 160)
+    tinted = lq + detail + torch.tensor([0.2, -0.1, 0.05]).view(1, 3, 1, 1, 1)
+    result = color.transfer_color(tinted, lq, "wavelet")
+    assert abs((result - lq).mean((0, 2, 3, 4))).max() < 1e-3
+    assert abs((result - lq - detail).std() / detail.std()) < 0.05
+
+
+def dilated_low_band(x: torch.Tensor) -> torch.Tensor:
+    """The definition: five 3x3 binomial filters with steps 1, 2, 4, 8, 16."""
+    kernel = torch.tensor([[1.0, 2, 1], [2, 4, 2], [1, 2, 1]]) / 16
+    x = x[0].transpose(0, 1)
+    for step in (1, 2, 4, 8, 16):
+        padded = torch.nn.functional.pad(x, (step,) * 4, mode="replicate")
+        x = torch.nn.functional.conv2d(padded, kernel.expand(3, 1, 3, 3), dilation=step, groups=3)
+    return x.transpose(0, 1)[None]
+
+
+def test_reduced_low_band_is_close_to_its_definition() -> None:
+    smooth = torch.nn.functional.interpolate(torch.randn(1, 3, 1, 6, 8), (1, 192, 256), mode="trilinear")
+    assert (color.low_band(smooth) - dilated_low_band(smooth)).abs().mean() < 0.05 * smooth.abs().mean()
+
+
+def test_adain_matches_mean_and_deviation() -> None:
+    hq, lq = torch.randn(1, 3, 2, 20, 30) * 2 + 1, torch.randn(1, 3, 2, 20, 30)
+    result = color.transfer_color(hq, lq, "adain")
+    assert_close(result.mean((3, 4)), lq.mean((3, 4)), rtol=0, atol=1e-5)
+    assert_close(result.std((3, 4)), lq.std((3, 4)), rtol=1e-4, atol=1e-4)
+
+
+def test_unknown_devices_dtypes_and_models_are_refused() -> None:
+    with pytest.raises(UsageError, match="unknown device: `tpu`"):
+        Upscaler.from_preset("tiny", device="tpu")
+    with pytest.raises(UsageError, match="unknown dtype: `int8`"):
+        Upscaler.from_preset("tiny", device="cpu", dtype="int8")
+    with pytest.raises(UsageError, match="unknown model: `huge`"):
+        Upscaler.from_preset("huge", device="cpu")
+
+
+def test_the_plan_is_recorded_in_the_report(small_upscaler: Upscaler, tmp_path: Path) -> None:
+    report = small_upscaler.upscale_file(write_clip(tmp_path / "in.mp4"), tmp_path / "o.mp4", UpscaleOptions(scale=2))
+    assert isinstance(report.plan, Plan)
+    assert report.plan.dtype == "float32"
+    assert report.stages.model > 0

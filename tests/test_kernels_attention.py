@@ -1,0 +1,61 @@
+"""Window attention against a slow reference that looks at each query on its own."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+
+from duovsr.kernels.attention import attention, window_starts
+from duovsr.options import WindowConfig
+
+
+def reference(q: Tensor, k: Tensor, v: Tensor, window: WindowConfig, shifted: bool) -> Tensor:
+    B, T, H, W, heads, head_dim = q.shape
+    out = torch.empty_like(q)
+    for t in range(T):
+        for y in range(H):
+            for x in range(W):
+                ys, xs = (
+                    next((s, s + min(w, n)) for s, a, b in window_starts(n, w, shifted) if a <= p < b)
+                    for p, n, w in ((y, H, window.height), (x, W, window.width))
+                )
+                keys = k[:, t : t + window.past + 1, slice(*ys), slice(*xs)].flatten(1, 3)
+                values = v[:, t : t + window.past + 1, slice(*ys), slice(*xs)].flatten(1, 3)
+                scores = torch.einsum("bhd,bnhd->bhn", q[:, t, y, x], keys) / head_dim**0.5
+                out[:, t, y, x] = torch.einsum("bhn,bnhd->bhd", scores.softmax(-1), values)
+    return out
+
+
+@pytest.mark.parametrize("shifted", [False, True])
+@pytest.mark.parametrize(("T", "H", "W"), [(1, 4, 4), (3, 5, 7), (2, 3, 13), (1, 8, 9)])
+@pytest.mark.parametrize("past", [0, 1, 2])
+def test_windowed_equals_reference(T: int, H: int, W: int, past: int, shifted: bool) -> None:
+    torch.manual_seed(0)
+    window = WindowConfig(4, 4, past)
+    q = torch.randn(2, T, H, W, 2, 8)
+    k, v = torch.randn(2, 2, T + past, H, W, 2, 8)
+    assert_close(attention(q, k, v, window, shifted=shifted), reference(q, k, v, window, shifted))
+
+
+def test_window_of_the_whole_frame_equals_full_attention() -> None:
+    q, k, v = torch.randn(3, 1, 1, 6, 5, 2, 8)
+    assert_close(attention(q, k, v, WindowConfig(6, 5, past=0)), attention(q, k, v))
+
+
+@pytest.mark.parametrize("shifted", [False, True])
+@pytest.mark.parametrize("length", [1, 4, 7, 8, 9, 12, 45])
+def test_owned_ranges_tile_the_axis_and_windows_stay_inside(length: int, shifted: bool) -> None:
+    spans = window_starts(length, 8, shifted)
+    assert [s[1] for s in spans] == [0, *(s[2] for s in spans[:-1])]
+    assert spans[-1][2] == length
+    for start, first, end in spans:
+        assert 0 <= start <= first < end <= start + min(8, length) <= length
+
+
+@pytest.mark.parametrize("shifted", [False, True])
+def test_a_tile_at_twice_the_window_sees_the_windows_of_the_frame(shifted: bool) -> None:
+    whole = {s for s in window_starts(64, 8, shifted) if s[1] >= 16 + 8}
+    tile = {(a + 16, b + 16, c + 16) for a, b, c in window_starts(48, 8, shifted) if b >= 8}
+    assert whole == tile

@@ -1,0 +1,132 @@
+"""What is not a video is refused in one line; what is one is described."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from clips import AUDIO_RATE, Clip, picture, write_clip
+
+from duovsr.errors import InputError
+from duovsr.video.info import ColorTags, probe
+from duovsr.video.reader import VideoReader
+
+
+def write_sound(path: Path, cover: bool) -> None:
+    """Sound alone, or with a cover picture."""
+    with av.open(str(path), "w") as container:
+        sound = container.add_stream("libmp3lame", rate=AUDIO_RATE)
+        art = container.add_stream("png", rate=1) if cover else None
+        if art is not None:
+            art.width, art.height, art.pix_fmt = 64, 48, "rgb24"
+            art.disposition = av.stream.Disposition.attached_pic
+            container.mux(art.encode(av.VideoFrame.from_ndarray(picture(0, (64, 48)), format="rgb24")))
+            container.mux(art.encode(None))
+        for index in range(20):
+            frame = av.AudioFrame.from_ndarray(np.zeros((2, 1152), np.int16), format="s16p", layout="stereo")
+            frame.sample_rate, frame.pts, frame.time_base = AUDIO_RATE, index * 1152, Fraction(1, AUDIO_RATE)
+            container.mux(sound.encode(frame))
+        container.mux(sound.encode(None))
+
+
+def cut_before_index(path: Path) -> None:
+    data = write_clip(path, Clip(pts=range(0, 30 * 512, 512))).read_bytes()
+    path.write_bytes(data[: data.rindex(b"moov") - 4])
+
+
+BAD_INPUTS: dict[str, tuple[str, Callable[[Path], object], str]] = {
+    "missing": ("missing.mp4", lambda path: None, "no such file"),
+    "folder": ("folder.mp4", lambda path: path.mkdir(), "a folder, not a video"),
+    "empty": ("empty.mp4", lambda path: path.touch(), "the file is empty"),
+    "text": ("text.mp4", lambda path: path.write_text("not a video\n" * 500), "not a video"),
+    "text named so": ("text.txt", lambda path: path.write_text("not a video\n" * 500), "a text file, not a video"),
+    "subtitles": (
+        "subs.srt",
+        lambda path: path.write_text("1\n00:00:00,000 --> 00:00:01,000\nhi\n"),
+        "no video stream",
+    ),
+    "noise": ("noise.mkv", lambda path: path.write_bytes(np.random.default_rng(0).bytes(40000)), "not a video"),
+    "no index": ("cut.mp4", cut_before_index, "no usable index"),
+    "sound": ("sound.mp3", lambda path: write_sound(path, cover=False), "no video stream"),
+    "sound with cover": ("cover.mp3", lambda path: write_sound(path, cover=True), "no video stream"),
+}
+
+
+@pytest.mark.parametrize("opener", [probe, VideoReader])
+@pytest.mark.parametrize("case", BAD_INPUTS)
+def test_bad_input_is_one_line_that_names_the_file(tmp_path: Path, case: str, opener: Callable[[Path], object]) -> None:
+    name, make, reason = BAD_INPUTS[case]
+    path = tmp_path / name
+    make(path)
+    with pytest.raises(InputError, match=f"^{reason}.*{re.escape(name)}`$") as caught:
+        opener(path)
+    assert caught.value.exit_code == 3
+
+
+def test_unreadable_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_clip(tmp_path / "in.mp4", Clip(pts=(0,)))
+    if os.geteuid() == 0:  # permissions do not bind root
+
+        def refuse(*args: object, **kwargs: object) -> None:
+            raise av.error.PermissionError(13, "Permission denied")
+
+        monkeypatch.setattr(av, "open", refuse)
+    path.chmod(0)
+    with pytest.raises(InputError, match="no permission to read"):
+        probe(path)
+
+
+def test_video_without_a_single_picture_is_refused(tmp_path: Path) -> None:
+    path = write_clip(tmp_path / "in.mkv", Clip(pts=(0,), codec="ffv1", pix_fmt="bgr0"))
+    with av.open(str(path)) as container:
+        payload = next(bytes(packet) for packet in container.demux(video=0) if packet.size)
+    path.write_bytes(path.read_bytes().replace(payload, bytes(len(payload))))
+    with pytest.raises(InputError, match=r"no picture of .* can be decoded"):
+        probe(path)
+
+
+def test_names_that_look_like_protocols_are_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_clip(tmp_path / "take.mp4", Clip(pts=(0,))).rename(tmp_path / "clip: take 1.mp4")
+    monkeypatch.chdir(tmp_path)
+    assert probe(Path("clip: take 1.mp4")).width == 64
+
+
+def test_description(tmp_path: Path) -> None:
+    clip = Clip(
+        pts=range(0, 50 * 512, 512),
+        codec="libx265",
+        pix_fmt="yuv420p10le",
+        options={"x265-params": "log-level=none"},
+        color=(9, 16, 9, 1),
+        aspect=Fraction(16, 11),
+        audio=["aac"],
+    )
+    path = write_clip(tmp_path / "in.mp4", clip)
+    info = probe(path)
+    assert (info.path, info.width, info.height, info.rotation) == (path, 64, 48, 0)
+    assert (info.time_base, info.frame_rate) == (Fraction(1, 12800), 25)
+    assert (info.num_frames, info.duration) == (50, 2)
+    assert (info.codec, info.audio_codec, info.bit_depth) == ("hevc", "aac", 10)
+    assert (info.color, info.sample_aspect_ratio) == (ColorTags(9, 16, 9, 1), Fraction(16, 11))
+
+
+def test_full_range_by_pixel_format_and_by_tag(tmp_path: Path) -> None:
+    jpeg = write_clip(
+        tmp_path / "in.jpg", Clip(pts=(0,), codec="mjpeg", pix_fmt="yuvj420p", color=(2, 2, 2, 2)), "image2"
+    )
+    assert probe(jpeg).color.range == 2
+    full = write_clip(tmp_path / "in.mp4", Clip(pts=(0,), color=(1, 1, 1, 2)))
+    assert probe(full).color.range == 2
+
+
+def test_what_rgb_frames_cannot_carry_is_said(tmp_path: Path) -> None:
+    path = write_clip(tmp_path / "in.png", Clip(pts=(0,), codec="png", pix_fmt="rgba"), "image2")
+    with VideoReader(path) as reader:
+        list(reader)
+    assert reader.notices == ["transparency is not kept"]

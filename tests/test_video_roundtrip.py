@@ -1,0 +1,225 @@
+"""Frame count, size, times and sound survive reader -> writer, to the frame, the pixel, the tick and the byte."""
+
+from __future__ import annotations
+
+import gc
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from clips import Clip, packet_hashes, picture, start_time, video_times, write_clip
+
+from duovsr.errors import InputError, UsageError
+from duovsr.video.info import probe
+from duovsr.video.output import container_format, verify_output
+from duovsr.video.reader import Frame, VideoReader
+from duovsr.video.writer import VideoWriter
+
+IRREGULAR = (0, 512, 1024, 2560, 2816, 3072, 7168, 7680, 12800, 13000, 13500, 14000)
+
+
+def copy_clip(source: Path, target: Path, scale: int = 1, **settings: object) -> VideoWriter:
+    """Nearest-neighbour upscaling: the simplest model that an engine could drive."""
+    with VideoReader(source) as reader:
+        size = scale * reader.info.width, scale * reader.info.height
+        settings = {"codec": None, "crf": None, "pix_fmt": None} | settings
+        with VideoWriter(target, reader.info, *size, format_name=container_format(target), **settings) as writer:  # type: ignore[arg-type]
+            for frame in reader:
+                pixels = frame.pixels.repeat(scale, axis=0).repeat(scale, axis=1)
+                writer.write(Frame(pixels, frame.pts, frame.time_base))
+        writer.notices += reader.notices
+        verify_output(target, writer.written_pts, reader.info.time_base)
+    return writer
+
+
+def assert_same_times(found: list[Fraction], expected: list[Fraction], suffix: str) -> None:
+    tolerance = Fraction(1, 2000) if suffix in (".mkv", ".webm") else Fraction(0)
+    assert len(found) == len(expected)
+    assert max(abs(a - b) for a, b in zip(found, expected, strict=True)) <= tolerance
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
+@pytest.mark.parametrize("frames", [1, 2, 3, 4, 5, 17, 33, 100])
+def test_every_frame_keeps_its_time(tmp_path: Path, frames: int, suffix: str) -> None:
+    source = write_clip(tmp_path / "in.mp4", Clip(pts=range(0, frames * 512, 512), audio=["aac"]))
+    target = tmp_path / f"out{suffix}"
+    copy_clip(source, target)
+    assert_same_times(video_times(target), video_times(source), suffix)
+    assert packet_hashes(target, "audio") == packet_hashes(source, "audio")
+
+
+@pytest.mark.parametrize("target_suffix", [".mp4", ".mkv", ".mov", ".webm"])
+@pytest.mark.parametrize("source_suffix", [".mp4", ".mkv", ".ts", ".avi"])
+def test_irregular_times_in_all_containers(tmp_path: Path, source_suffix: str, target_suffix: str) -> None:
+    pts = range(len(IRREGULAR)) if source_suffix == ".avi" else IRREGULAR
+    time_base = Fraction(1, 25) if source_suffix == ".avi" else Fraction(1, 12800)
+    codec = "mpeg4" if source_suffix == ".avi" else "libx264"
+    clip = Clip(pts=pts, time_base=time_base, codec=codec, pix_fmt="yuv420p", options={"bf": "2"}, audio=["libmp3lame"])
+    source, target = write_clip(tmp_path / f"in{source_suffix}", clip), tmp_path / f"out{target_suffix}"
+    writer = copy_clip(source, target, scale=2)
+    assert_same_times(video_times(target), video_times(source), target_suffix)
+    assert (probe(target).width, probe(target).height) == (128, 96)
+    if target_suffix == ".webm":
+        assert writer.notices == ["audio stream #1 (mp3) is not kept: webm does not hold it"]
+    else:
+        assert writer.notices == []
+        assert packet_hashes(target, "audio") == packet_hashes(source, "audio")
+
+
+@pytest.mark.parametrize("codec", ["h264", "hevc", "av1", "vp9", "ffv1", "prores"])
+def test_codecs_keep_times_and_size(tmp_path: Path, codec: str) -> None:
+    source = write_clip(tmp_path / "in.mp4", Clip(pts=IRREGULAR))
+    target = tmp_path / "out.mkv"
+    copy_clip(source, target, codec=codec)
+    info = probe(target)
+    assert (info.codec, info.width, info.height) == (codec, 64, 48)
+    assert_same_times(video_times(target), video_times(source), ".mkv")
+
+
+@pytest.mark.parametrize("size", [(63, 47), (321, 181), (1, 1), (2, 2), (7, 3)])
+@pytest.mark.parametrize("scale", [1, 2, 3])
+def test_odd_sizes_are_exact(tmp_path: Path, size: tuple[int, int], scale: int) -> None:
+    source = write_clip(tmp_path / "in.mp4", Clip(pts=(0, 512, 1024), size=size))
+    target = tmp_path / "out.mp4"
+    writer = copy_clip(source, target, scale=scale)
+    assert (probe(target).width, probe(target).height) == (scale * size[0], scale * size[1])
+    odd = scale * size[0] % 2 or scale * size[1] % 2
+    assert bool(odd) == any("odd side: written as 4:4:4" in notice for notice in writer.notices)
+
+
+@pytest.mark.parametrize("codec", ["av1", "vp9"])
+def test_odd_sizes_in_codecs_that_take_them_in_420(tmp_path: Path, codec: str) -> None:
+    source = write_clip(tmp_path / "in.mp4", Clip(pts=(0, 512), size=(63, 47)))
+    writer = copy_clip(source, tmp_path / "out.mkv", codec=codec)
+    assert (probe(tmp_path / "out.mkv").width, probe(tmp_path / "out.mkv").height) == (63, 47)
+    assert writer.notices == []
+
+
+def test_pix_fmt_that_cannot_hold_odd_sides_is_refused(tmp_path: Path) -> None:
+    source = write_clip(tmp_path / "in.mp4", Clip(pts=(0,), size=(63, 47)))
+    with pytest.raises(UsageError, match="cannot write 63x47 in `yuv420p`") as caught:
+        copy_clip(source, tmp_path / "out.mp4", pix_fmt="yuv420p")
+    assert caught.value.hint is not None
+    assert "yuv444p" in caught.value.hint
+
+
+@pytest.mark.parametrize("first", [36000, 13])
+@pytest.mark.parametrize("suffix", [".mp4", ".mov", ".mkv"])
+def test_late_start_keeps_the_offset_to_the_sound(tmp_path: Path, first: int, suffix: str) -> None:
+    clip = Clip(pts=range(first, first + 5120, 512), audio=["aac"], muxer={"movie_timescale": "12800"})
+    source, target = write_clip(tmp_path / "in.mp4", clip), tmp_path / f"out{suffix}"
+    copy_clip(source, target)
+    assert_same_times(video_times(target), video_times(source), suffix)
+    offsets = [start_time(path, "video") - start_time(path, "audio") for path in (source, target)]
+    assert abs(offsets[0] - offsets[1]) <= Fraction(1, 1000)
+
+
+def test_rotated_clip_comes_out_upright(tmp_path: Path) -> None:
+    clip = Clip(pts=(0, 512), rotation=90, aspect=Fraction(16, 11))
+    source, target = write_clip(tmp_path / "in.mp4", clip), tmp_path / "out.mkv"
+    copy_clip(source, target, codec="ffv1")
+    info = probe(source)
+    assert (info.width, info.height, info.rotation, info.sample_aspect_ratio) == (48, 64, 90, Fraction(11, 16))
+    assert (probe(target).width, probe(target).height, probe(target).rotation) == (48, 64, 0)
+    with VideoReader(target) as reader:
+        pixels = next(iter(reader)).pixels.astype(int)
+    assert np.abs(pixels - np.rot90(picture(0, (64, 48)))).mean() < 3  # lossy source
+
+
+def test_mirrored_clip_comes_out_mirrored(tmp_path: Path) -> None:
+    path = tmp_path / "in.mp4"
+    with av.open(str(path), "w") as container:
+        video = container.add_stream("libx264", rate=25)
+        video.width, video.height, video.pix_fmt = 64, 48, "yuv444p"
+        video.set_display_rotation(0, hflip=True)
+        container.mux(video.encode(av.VideoFrame.from_ndarray(picture(0, (64, 48)), format="rgb24")))
+        container.mux(video.encode(None))
+    with VideoReader(path) as reader:
+        pixels = next(iter(reader)).pixels.astype(int)
+    assert np.abs(pixels - picture(0, (64, 48))[:, ::-1]).mean() < 3
+
+
+@pytest.mark.parametrize(("codec", "suffix"), [("h264", ".mp4"), ("hevc", ".mov"), ("h264", ".mkv"), ("ffv1", ".mp4")])
+def test_pixel_aspect_ratio_is_kept(tmp_path: Path, codec: str, suffix: str) -> None:
+    source = write_clip(tmp_path / "in.mp4", Clip(pts=(0, 512), aspect=Fraction(16, 11)))
+    writer = copy_clip(source, tmp_path / f"out{suffix}", codec=codec)
+    assert probe(tmp_path / f"out{suffix}").sample_aspect_ratio == Fraction(16, 11)
+    assert writer.notices == []
+
+
+def test_lost_pixel_aspect_ratio_is_said(tmp_path: Path) -> None:
+    source = write_clip(tmp_path / "in.mp4", Clip(pts=(0, 512), aspect=Fraction(16, 11)))
+    assert "pixel aspect ratio 16/11 is not kept" in copy_clip(source, tmp_path / "out.mkv", codec="vp9").notices[0]
+
+
+def test_frames_without_times_are_placed_by_the_frame_rate(tmp_path: Path) -> None:
+    source = write_clip(tmp_path / "in.h264", Clip(pts=range(0, 8 * 512, 512)))
+    with VideoReader(source) as reader:
+        times = [frame.pts * frame.time_base for frame in reader]
+    assert times == [Fraction(index, 25) for index in range(8)]
+    assert "8 frames had no usable timestamp" in reader.notices[0]
+
+
+def test_gif_and_png_are_clips(tmp_path: Path) -> None:
+    gif = write_clip(tmp_path / "in.gif", Clip(pts=(0, 4, 10), time_base=Fraction(1, 100), codec="gif", pix_fmt="rgb8"))
+    copy_clip(gif, tmp_path / "gif.mp4")
+    assert video_times(tmp_path / "gif.mp4") == [0, Fraction(4, 100), Fraction(1, 10)]
+    png = write_clip(tmp_path / "in.png", Clip(pts=(0,), codec="png", pix_fmt="rgb24"), "image2")
+    copy_clip(png, tmp_path / "png.mkv", codec="ffv1")
+    with VideoReader(tmp_path / "png.mkv") as reader:
+        assert (next(iter(reader)).pixels == picture(0, (64, 48))).all()
+
+
+def test_size_that_changes_in_mid_stream_is_refused(tmp_path: Path) -> None:
+    parts = [write_clip(tmp_path / f"{side}.ts", Clip(size=(side, side), pix_fmt="yuv420p")) for side in (64, 96)]
+    joined = tmp_path / "joined.ts"
+    joined.write_bytes(b"".join(part.read_bytes() for part in parts))
+    with (
+        VideoReader(joined) as reader,
+        pytest.raises(InputError, match="the size changes from 64x64 to 96x96 at frame"),
+    ):
+        list(reader)
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
+def test_cut_off_clip_yields_what_decodes_and_says_so(tmp_path: Path, suffix: str) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (60, 48, 64, 3), dtype=np.uint8)
+    clip = Clip(pts=range(0, 60 * 512, 512), pictures=list(noise), audio=["aac"], muxer={"movflags": "faststart"})
+    source = write_clip(tmp_path / f"in{suffix}", clip if suffix == ".mp4" else Clip(**{**vars(clip), "muxer": {}}))
+    data = source.read_bytes()
+    source.write_bytes(data[: len(data) // 2])
+    writer = copy_clip(source, tmp_path / "out.mp4")
+    frames = len(writer.written_pts)
+    assert 15 <= frames <= 45
+    assert any(notice.startswith(f"damaged input: decoded {frames} of 60 frames") for notice in writer.notices)
+
+
+def test_flipped_bytes_are_survived_and_said(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (60, 48, 64, 3), dtype=np.uint8)
+    source = write_clip(tmp_path / "in.mp4", Clip(pts=range(0, 60 * 512, 512), pictures=list(noise)))
+    data = bytearray(source.read_bytes())
+    for position in np.random.default_rng(1).integers(len(data) // 4, len(data) * 3 // 4, 30):
+        data[position] ^= 255
+    source.write_bytes(bytes(data))
+    writer = copy_clip(source, tmp_path / "out.mp4")
+    assert any("damaged input: decoded" in notice for notice in writer.notices)
+
+
+def test_sound_clip_has_no_notices(tmp_path: Path) -> None:
+    """Sound much longer than the picture is no damage."""
+    source = write_clip(tmp_path / "in.mkv", Clip(pts=(0, 512), audio=["flac"]))
+    assert copy_clip(source, tmp_path / "out.mkv").notices == []
+
+
+def test_pictures_are_freed_at_once(tmp_path: Path) -> None:
+    """A reference cycle would keep every picture until the collector comes by: hundreds of megabytes at full HD."""
+    source = write_clip(tmp_path / "in.mp4", Clip(pts=range(0, 200 * 512, 512), rotation=90))
+    gc.collect()
+    gc.disable()
+    try:
+        copy_clip(source, tmp_path / "out.mp4")
+        assert gc.collect() < 100
+    finally:
+        gc.enable()
