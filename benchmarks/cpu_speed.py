@@ -185,6 +185,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2, help="for both")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "cpu_speed.json")
     args = parser.parse_args()
+    if args.rounds < 2:
+        parser.error("--rounds: 2 or more, for a spread")
 
     load_average = os.getloadavg()[0]
     if load_average > 0.5:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -169,6 +170,27 @@ def doctor(as_json: Json = False) -> None:
     _show({**findings, "problems": problems}, as_json)
     if problems:
         raise typer.Exit(EXIT_WARNINGS)
+
+
+@app.command()
+def train(
+    stage: Annotated[str, typer.Argument(help="pool, vae, base, onestep, refine or export.")],
+    out: Annotated[Path, typer.Option(help="The folder to write; an unfinished run in it is resumed.")],
+    data: Annotated[
+        list[Path] | None, typer.Option(help="Folder of sources (pool) or a pool; may be repeated.")
+    ] = None,
+    init: Annotated[Path | None, typer.Option(help="The finished run to start from.")] = None,
+    settings: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="As loop.steps=100.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved configuration only.")] = False,
+) -> None:
+    """Train the embedded model, stage by stage (needs duovsr[train])."""
+    from duovsr.train.stages import resolve, run_stage
+
+    config = resolve(stage, settings or [])
+    if dry_run:
+        _show({} if config is None else asdict(config), as_json=False)
+        return
+    run_stage(stage, data or [], init, out, config)
 
 
 class _Reporter:

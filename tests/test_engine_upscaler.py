@@ -191,25 +191,23 @@ def test_prefetch_hands_over_items_and_errors_in_order() -> None:
         yield from range(5)
         raise ValueError("after five")
 
-    received = []
+    items = pipeline.prefetch(source(), depth=2)
+    assert [next(items) for _ in range(5)] == list(range(5))
     with pytest.raises(ValueError, match="after five"):
-        received.extend(item for item in [] or received_from(pipeline.prefetch(source(), depth=2), received))
-    assert received == list(range(5))
-
-
-def received_from(items: Iterator[int], into: list[int]) -> Iterator[int]:
-    for item in items:
-        into.append(item)
-    yield from ()
+        next(items)
 
 
 def test_sink_raises_what_its_thread_raised() -> None:
     def refuse(item: int) -> None:
         raise OSError(f"refused {item}")
 
-    with pytest.raises(OSError, match="refused 0"), pipeline.BackgroundSink(refuse, depth=1) as sink:
-        for item in range(100):
-            sink.put(item)
+    def put_all() -> None:
+        with pipeline.BackgroundSink(refuse, depth=1) as sink:
+            for item in range(100):
+                sink.put(item)
+
+    with pytest.raises(OSError, match="refused 0"):
+        put_all()
 
 
 def test_wavelet_transfer_takes_the_low_band_and_keeps_the_detail() -> None:

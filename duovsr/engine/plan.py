@@ -13,6 +13,7 @@ PAD_MULTIPLE = 16  # pixels a token: 8 by the autoencoder, 2 by the patch
 TILE_ALIGN = 256  # twice a window of 8 tokens: a tile then sees the windows that the whole frame would
 TILE_OVERLAP = 256
 MIN_TILE = 2 * TILE_OVERLAP
+DEFAULT_CHUNK = {"cpu": 4, "cuda": 16, "mps": 8}  # a CPU is faster on what its caches hold
 
 # Peak bytes of a model call per output pixel and frame, by bytes of the dtype; and what the process holds besides.
 # Measured by `benchmarks/memory.py` (results/memory_cpu.json), rounded up.
@@ -57,7 +58,7 @@ def plan_clip(
     """
     target = options.target_size(width, height)
     padded = (_round_up(target[0], PAD_MULTIPLE), _round_up(target[1], PAD_MULTIPLE))
-    chunk = max(TEMPORAL_FACTOR, (options.chunk or 8) // TEMPORAL_FACTOR * TEMPORAL_FACTOR)
+    chunk = max(TEMPORAL_FACTOR, (options.chunk or DEFAULT_CHUNK[device]) // TEMPORAL_FACTOR * TEMPORAL_FACTOR)
     overlap = None if options.overlap is None else _round_up(options.overlap, TEMPORAL_FACTOR)
 
     def memory(tile: int, frames: int) -> int:

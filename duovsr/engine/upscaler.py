@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from duovsr.engine.blend import blend_tiles
 from duovsr.engine.chunks import Chunk, cut_into_chunks
 from duovsr.engine.color import transfer_color
-from duovsr.engine.memory import free_memory, is_out_of_memory, release_memory
+from duovsr.engine.memory import free_memory, is_out_of_memory, keep_freed_memory, release_memory
 from duovsr.engine.pipeline import BackgroundSink, prefetch
 from duovsr.engine.plan import TEMPORAL_FACTOR, Plan, plan_clip
 from duovsr.errors import InputError, OutOfMemoryError, UsageError
@@ -70,6 +70,7 @@ class Upscaler:
         machine does not have, InputError for missing or altered model files.
         """
         chosen = choose_device(device)
+        keep_freed_memory(chosen)
         return cls(load_model(name, chosen, choose_dtype(dtype, chosen)))
 
     def plan(self, width: int, height: int, options: UpscaleOptions) -> Plan:

@@ -68,11 +68,11 @@ class PromptedTransformer(nn.Module):
         return velocity
 
 
-def train_base(pools: list[Path], vae_run: Path, out: Path, config: BaseTrainConfig) -> None:
-    """Train the preset's transformer from scratch; `out/final.pt` holds module `base`."""
+def train_base(pools: list[Path], init: Path, out: Path, config: BaseTrainConfig) -> None:
+    """Train the preset's transformer from scratch on the autoencoder of run `init`; leaves `vae` and `model`."""
     preset = PRESETS["tiny"]
     torch.manual_seed(config.loop.seed)
-    vae = load_vae(preset, vae_run)
+    vae = load_vae(preset, init)
     base = PromptedTransformer(preset)
     optimizer = torch.optim.AdamW(base.parameters(), lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=0.01)
     pool = Pool(pools, config.loop.seed)
@@ -88,4 +88,5 @@ def train_base(pools: list[Path], vae_run: Path, out: Path, config: BaseTrainCon
         norm = optimizer_step(loss, optimizer, config.loop.clip)
         return {"loss": loss.detach(), "lq_error": (z0 - z_lq).square().mean(), "grad_norm": norm}
 
-    run_loop(out, config.loop, {"base": base}, {"base": optimizer}, step, config, ema_of=("base",))
+    modules, optimizers = {"model": base}, {"model": optimizer}
+    run_loop(out, config.loop, modules, optimizers, step, config, ema_of=("model",), carried={"vae": vae})

@@ -37,6 +37,7 @@ class PoolConfig:
     frames: int = 9
     side: int = 192
     seed: int = 0
+    validation: bool = False  # from the held-out sources instead of the others
     stills: float = 0.55  # part of the samples made from stills by synthetic camera motion
     scale_weights: tuple[float, float, float] = (0.7, 0.1, 0.2)  # of SCALES
     degradation: DegradationConfig = DegradationConfig()
@@ -114,11 +115,11 @@ def crop_clip(clip: Tensor, frames: int, side: int, generator: Generator) -> Ten
     return clip[t : t + frames, :, y : y + side, x : x + side].float() / 255
 
 
-def build_pool(folders: list[Path], out: Path, config: PoolConfig, *, validation: bool) -> None:
+def build_pool(folders: list[Path], out: Path, config: PoolConfig) -> None:
     """Write `hq.npy` (N, T, side, side, 3) uint8, `lq.npy` (N, T, side / 2, side / 2, 3) uint8 (the LQ in its top left
     corner), `scale.npy` (N,) and `pool.json`. Unreadable sources are skipped and counted in `pool.json`."""
-    sources = [s for s in find_sources(folders) if s.validation == validation]
-    generator = torch.Generator().manual_seed(config.seed + validation)
+    sources = [s for s in find_sources(folders) if s.validation == config.validation]
+    generator = torch.Generator().manual_seed(config.seed + config.validation)
     is_still = torch.rand(config.samples, generator=generator) < config.stills
     choice = torch.empty(config.samples, dtype=torch.long)
     for still in (True, False):
@@ -135,7 +136,7 @@ def build_pool(folders: list[Path], out: Path, config: PoolConfig, *, validation
     place = torch.randperm(N, generator=generator)  # one source is read once, its windows lie scattered
     for index in tqdm(choice.argsort().tolist(), desc="pool", disable=None):
         source = sources[int(choice[index])]
-        generator.manual_seed(config.seed * 1_000_003 + index * 2 + validation)
+        generator.manual_seed(config.seed * 1_000_003 + index * 2 + config.validation)
         if source is not current:
             current, loaded = source, _load(source, side, skipped)
         if loaded is None:
@@ -153,7 +154,7 @@ def build_pool(folders: list[Path], out: Path, config: PoolConfig, *, validation
     if not scales.any():
         raise TrainError("no usable training source", hint="check the folders given with `--data`")
     np.save(out / "scale.npy", scales)
-    record = {"config": asdict(config), "validation": validation, "sources": len(sources), "skipped": skipped}
+    record = {"config": asdict(config), "sources": len(sources), "skipped": skipped}
     (out / "pool.json").write_text(json.dumps(record, indent=1))
 
 

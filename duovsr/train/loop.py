@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from duovsr.errors import TrainError
+from duovsr.errors import InputError, TrainError
 
 StepFunction = Callable[[int], Mapping[str, Tensor]]
 
@@ -77,8 +77,12 @@ def run_loop(
     settings: object,
     *,
     ema_of: tuple[str, ...],
+    carried: Mapping[str, nn.Module] | None = None,
 ) -> None:
-    """Run to `config.steps`, resuming from `folder/state.pt` if it is there; leaves `folder/final.pt` (EMA weights).
+    """Run to `config.steps`, resuming from `folder/state.pt` if it is there.
+
+    Leaves `folder/final.pt`: the EMA weights of `ema_of`, and `carried` as they are, so that the next stage needs one
+    folder only.
 
     Raises TrainError at a non-finite loss, naming the step.
     """
@@ -110,17 +114,19 @@ def run_loop(
                 bar.set_postfix({name: f"{value:.4f}" for name, value in losses.items()})
             if (step + 1) % config.save_every == 0 or step == config.steps - 1:
                 _save(folder / "state.pt", step + 1, modules, optimizers, emas)
-    _atomic_save({name: ema.values for name, ema in emas.items()}, folder / "final.pt")
+    final = {name: module.state_dict() for name, module in (carried or {}).items()}
+    _atomic_save({**final, **{name: ema.values for name, ema in emas.items()}}, folder / "final.pt")
 
 
 def load_final(folder: Path, name: str) -> dict[str, Tensor]:
-    """EMA weights of a finished run's module."""
-    return torch.load(folder / "final.pt", weights_only=True)[name]
-
-
-def load_latest(folder: Path, name: str) -> dict[str, Tensor]:
-    """EMA weights of the newest checkpoint of an unfinished run's module."""
-    return torch.load(folder / "state.pt", weights_only=True)["emas"][name]
+    """Weights of a module of a finished run. Raises InputError where the run has not finished or lacks the module."""
+    path = folder / "final.pt"
+    if not path.is_file():
+        raise InputError(f"not a finished training run: `{folder}`", hint="run its stage to the end first")
+    final: dict[str, dict[str, Tensor]] = torch.load(path, weights_only=True)
+    if name not in final:
+        raise InputError(f"run `{folder}` has no `{name}`: it has {', '.join(final)}", hint="see the order of stages")
+    return final[name]
 
 
 def _resume(

@@ -41,14 +41,14 @@ def ode_solution(teacher: PromptedTransformer, eps: Tensor, z_lq: Tensor, steps:
     return z
 
 
-def train_one_step(pools: list[Path], vae_run: Path, base_run: Path, out: Path, config: OneStepTrainConfig) -> None:
-    """Distil a base run into one step; `out/final.pt` holds module `student`."""
+def train_one_step(pools: list[Path], init: Path, out: Path, config: OneStepTrainConfig) -> None:
+    """Distil the base model of run `init` into one step; leaves `vae` and `model`."""
     preset = PRESETS["tiny"]
     torch.manual_seed(config.loop.seed)
-    vae = load_vae(preset, vae_run)
+    vae = load_vae(preset, init)
     teacher, student = PromptedTransformer(preset), PromptedTransformer(preset)
     for model in (teacher, student):
-        model.load_state_dict(load_final(base_run, "base"), strict=True)
+        model.load_state_dict(load_final(init, "model"), strict=True)
     teacher.requires_grad_(False)
     optimizer = torch.optim.AdamW(student.parameters(), lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
     pool = Pool(pools, config.loop.seed)
@@ -64,4 +64,5 @@ def train_one_step(pools: list[Path], vae_run: Path, base_run: Path, out: Path, 
         norm = optimizer_step(loss, optimizer, config.loop.clip)
         return {"loss": loss.detach(), "target_variance": target.var(), "grad_norm": norm}
 
-    run_loop(out, config.loop, {"student": student}, {"student": optimizer}, step, config, ema_of=("student",))
+    modules, optimizers = {"model": student}, {"model": optimizer}
+    run_loop(out, config.loop, modules, optimizers, step, config, ema_of=("model",), carried={"vae": vae})

@@ -44,15 +44,15 @@ class RefineTrainConfig:
     faithful_weight: float = 0.3
 
 
-def train_refine(pools: list[Path], vae_run: Path, student_run: Path, out: Path, config: RefineTrainConfig) -> None:
-    """Refine a one-step student and its decoder; `out/final.pt` holds modules `student` and `vae`."""
+def train_refine(pools: list[Path], init: Path, out: Path, config: RefineTrainConfig) -> None:
+    """Refine the one-step student and the decoder of run `init`; leaves `vae` and `model`."""
     preset = PRESETS["tiny"]
     torch.manual_seed(config.loop.seed)
-    vae = load_vae(preset, vae_run)
+    vae = load_vae(preset, init)
     vae.decoder.requires_grad_(True)
     anchor, student = PromptedTransformer(preset), PromptedTransformer(preset)
     for model in (anchor, student):
-        model.load_state_dict(load_final(student_run, "student"), strict=True)
+        model.load_state_dict(load_final(init, "model"), strict=True)
     anchor.requires_grad_(False)
     discriminator = channels_last(PatchDiscriminator())
     trained = [*vae.decoder.parameters(), *student.parameters()]
@@ -108,6 +108,6 @@ def train_refine(pools: list[Path], vae_run: Path, student_run: Path, out: Path,
             "grad_norm": norm,
         }
 
-    modules = {"student": student, "vae": vae, "discriminator": discriminator}
+    modules = {"model": student, "vae": vae, "discriminator": discriminator}
     optimizers = {"generator": generator_optimizer, "discriminator": discriminator_optimizer}
-    run_loop(out, config.loop, modules, optimizers, step, config, ema_of=("student", "vae"))
+    run_loop(out, config.loop, modules, optimizers, step, config, ema_of=("model", "vae"))

@@ -17,7 +17,7 @@ from duovsr.model.layers import channels_last
 from duovsr.model.tiny_vae import TinyVAE
 from duovsr.options import PRESETS
 from duovsr.train.data import Pool
-from duovsr.train.loop import LoopConfig, optimizer_step, run_loop
+from duovsr.train.loop import LoopConfig, load_final, optimizer_step, run_loop
 from duovsr.train.losses import charbonnier, gradient_loss, temporal_loss
 
 
@@ -52,12 +52,14 @@ def update_statistics(vae: TinyVAE, latents: Tensor, momentum: float) -> None:
     vae.latent_std.lerp_(raw.std((0, 2, 3, 4)).clamp_min(1e-3), momentum)
 
 
-def train_vae(pools: list[Path], out: Path, config: VAETrainConfig) -> None:
-    """Train the preset's TinyVAE from scratch; `out/final.pt` holds module `vae`."""
+def train_vae(pools: list[Path], init: Path | None, out: Path, config: VAETrainConfig) -> None:
+    """Train the preset's TinyVAE, from scratch or on from run `init`; `out/final.pt` holds `vae`."""
     preset = PRESETS["tiny"]
     assert preset.vae is not None
     torch.manual_seed(config.loop.seed)
     vae = channels_last(TinyVAE(preset.vae))
+    if init is not None:
+        vae.load_state_dict(load_final(init, "vae"), strict=True)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=1e-4)
     pool = Pool(pools, config.loop.seed)
 
