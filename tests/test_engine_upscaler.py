@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from fractions import Fraction
@@ -256,3 +258,19 @@ def test_the_plan_is_recorded_in_the_report(small_upscaler: Upscaler, tmp_path: 
     assert isinstance(report.plan, Plan)
     assert report.plan.dtype == "float32"
     assert report.stages.model > 0
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_length_of_the_clip(tmp_path: Path) -> None:
+    """Peak memory of two processes, 200 and 2,000 frames: at most 5 % apart."""
+    script = (
+        "import sys; from duovsr import Upscaler, UpscaleOptions; from duovsr.engine.bench import peak_rss\n"
+        "Upscaler.from_preset('tiny', device='cpu').upscale_file(*sys.argv[1:], UpscaleOptions(scale=2))\n"
+        "print(peak_rss())"
+    )
+    peaks = []
+    for count in (200, 2000):
+        source = write_clip(tmp_path / f"{count}.mp4", Clip(pts=range(0, 512 * count, 512)))
+        command = [sys.executable, "-c", script, str(source), str(tmp_path / f"{count}_out.mp4")]
+        peaks.append(int(subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True).stdout))
+    assert peaks[1] <= 1.05 * peaks[0]

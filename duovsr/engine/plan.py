@@ -15,10 +15,13 @@ TILE_OVERLAP = 256
 MIN_TILE = 2 * TILE_OVERLAP
 DEFAULT_CHUNK = {"cpu": 4, "cuda": 16, "mps": 8}  # a CPU is faster on what its caches hold
 
-# Peak bytes of a model call per output pixel and frame, by bytes of the dtype; and what the process holds besides.
-# Measured by `benchmarks/memory.py` (results/memory_cpu.json), rounded up.
-BYTES_PER_PIXEL = {2: 150, 4: 230}
-BASE_BYTES = 700 * 2**20
+# Upper bounds of what `benchmarks/memory.py` measured (results/memory_cpu.json): what the process holds at all; per
+# pixel of the whole frame (the video's reader and writer), per such pixel and frame of a chunk (the LQ and the result),
+# and per pixel of a tile and frame in the model, by bytes of the dtype.
+BASE_BYTES = 540 * 2**20
+BYTES_PER_PIXEL = 420
+BYTES_PER_PIXEL_AND_FRAME = 24
+MODEL_BYTES = {2: 110, 4: 130}
 
 
 @dataclass(frozen=True)
@@ -62,8 +65,10 @@ def plan_clip(
     overlap = None if options.overlap is None else _round_up(options.overlap, TEMPORAL_FACTOR)
 
     def memory(tile: int, frames: int) -> int:
-        pixels = min(tile or padded[0], padded[0]) * min(tile or padded[1], padded[1])
-        return BASE_BYTES + pixels * (frames + 1) * BYTES_PER_PIXEL[dtype_bytes] + 24 * padded[0] * padded[1] * frames
+        frame_pixels = padded[0] * padded[1]
+        tile_pixels = min(tile or padded[0], padded[0]) * min(tile or padded[1], padded[1])
+        whole = frame_pixels * (BYTES_PER_PIXEL + BYTES_PER_PIXEL_AND_FRAME * frames)
+        return BASE_BYTES + whole + tile_pixels * (frames + 1) * MODEL_BYTES[dtype_bytes]
 
     tile = options.tile
     if tile is None:  # auto: whole frames if they fit, shorter chunks before smaller tiles (tiles cost overlap)

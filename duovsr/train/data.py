@@ -20,7 +20,7 @@ from torch import Generator, Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from duovsr.errors import InputError, TrainError
+from duovsr.errors import InputError, TrainError, UsageError
 from duovsr.model.resize import resize_frames
 from duovsr.train.degradation import DegradationConfig, chance, degrade, uniform
 from duovsr.video.reader import VideoReader
@@ -41,6 +41,10 @@ class PoolConfig:
     stills: float = 0.55  # part of the samples made from stills by synthetic camera motion
     scale_weights: tuple[float, float, float] = (0.7, 0.1, 0.2)  # of SCALES
     degradation: DegradationConfig = DegradationConfig()
+
+    def __post_init__(self) -> None:
+        if self.side % 24:
+            raise UsageError(f"unsupported side: `{self.side}`", hint="a multiple of 24 keeps the LQ's sides even")
 
 
 @dataclass(frozen=True)
