@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from duovsr.engine.plan import Plan
-from duovsr.engine.upscaler import Upscaler
+from duovsr.engine.upscaler import StageTimes, Upscaler
 from duovsr.options import UpscaleOptions
 
 _SYNTHETIC_SIZE = (320, 180)
@@ -79,12 +79,12 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
 
 
 def _run_synthetic(upscaler: Upscaler, options: UpscaleOptions) -> dict[str, Any]:
-    frames = list(_moving_noise(*_SYNTHETIC_SIZE, _SYNTHETIC_FRAMES))
+    plan, stages = upscaler.plan(*_SYNTHETIC_SIZE, options), StageTimes()
+    frames = _moving_noise(*_SYNTHETIC_SIZE, _SYNTHETIC_FRAMES)
     began = time.perf_counter()
-    outputs = sum(1 for _ in upscaler.stream(frames, options))
-    seconds = time.perf_counter() - began
-    target = options.target_size(*_SYNTHETIC_SIZE)
-    return {"fps": outputs / seconds, "target_size": target, "stages": {"model": seconds}}
+    outputs = sum(1 for _ in upscaler.restore(frames, plan, options, stages, []))
+    fps = outputs / (time.perf_counter() - began)
+    return {"fps": fps, "target_size": plan.target_size, "stages": asdict(stages)}
 
 
 def _run_file(upscaler: Upscaler, clip: Path, options: UpscaleOptions) -> dict[str, Any]:

@@ -100,7 +100,7 @@ class Upscaler:
         height, width = first.shape[:2]
         plan = self.plan(width, height, options)
         arrays = _checked(_to_numpy(frame) for frame in chain([first], source))
-        for output in self._run(arrays, plan, options, StageTimes(), []):
+        for output in self.restore(arrays, plan, options, StageTimes(), []):
             if isinstance(first, Tensor):
                 yield torch.from_numpy(output).to(first.device)
             else:
@@ -147,7 +147,7 @@ class Upscaler:
                         yield frame.pixels
 
                 pts: list[int] = []
-                for output in self._run(pixels(), plan, options, stages, notices):
+                for output in self.restore(pixels(), plan, options, stages, notices):
                     frame = times.popleft()
                     pts.append(frame.pts)
                     waited = time.perf_counter()
@@ -161,10 +161,13 @@ class Upscaler:
         notices = [*reader.notices, *writer.notices, *notices]
         return UpscaleReport(len(pts), time.monotonic() - began, plan, tuple(notices), stages)
 
-    def _run(
+    def restore(
         self, frames: Iterable[np.ndarray], plan: Plan, options: UpscaleOptions, stages: StageTimes, notices: list[str]
     ) -> Iterator[np.ndarray]:
-        """(H, W, 3) arrays in, (target height, target width, 3) arrays of the same type out."""
+        """(H, W, 3) arrays in, (target height, target width, 3) arrays of the same type out, as `plan` says.
+
+        Adds to `stages` what it spends, and to `notices` every step down. Raises OutOfMemoryError after the last.
+        """
         states: States = (None,) * len(plan.tiles)
         chunks = iter(cut_into_chunks(frames, plan.chunk, plan.overlap))
         while True:
@@ -175,15 +178,15 @@ class Upscaler:
                 return
             if chunk.fresh:
                 states = (None,) * len(plan.tiles)
-            outputs, states = self._chunk(chunk, states, plan, options, stages, notices)
+            outputs, states = self._step_down(chunk, states, plan, options, stages, notices)
             yield from outputs[chunk.warm_up : len(chunk.frames)]
 
-    def _chunk(
+    def _step_down(
         self, chunk: Chunk, states: States, plan: Plan, options: UpscaleOptions, stages: StageTimes, notices: list[str]
     ) -> tuple[list[np.ndarray], States]:
         """Restore a chunk; where memory runs out, in two halves (each half hands its state to the next)."""
         try:
-            return self._restore(chunk, states, plan, options, stages)
+            return self._restore_chunk(chunk, states, plan, options, stages)
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -196,12 +199,12 @@ class Upscaler:
             )
         notices.append(f"memory ran out: a chunk of {chunk.padded_length} frames was halved")
         first, rest = chunk.split(head)
-        done, states = self._chunk(first, states, plan, options, stages, notices)
-        more, states = self._chunk(rest, states, plan, options, stages, notices)
+        done, states = self._step_down(first, states, plan, options, stages, notices)
+        more, states = self._step_down(rest, states, plan, options, stages, notices)
         return done + more, states
 
     @torch.inference_mode()
-    def _restore(
+    def _restore_chunk(
         self, chunk: Chunk, states: States, plan: Plan, options: UpscaleOptions, stages: StageTimes
     ) -> tuple[list[np.ndarray], States]:
         began = time.perf_counter()
