@@ -6,11 +6,12 @@ Commands import what they need when they run, so that `duovsr --help` loads no t
 from __future__ import annotations
 
 import json
+import signal
 import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from duovsr.metrics.report import Report
 
 EXIT_INTERRUPTED = 130
+EXIT_TERMINATED = 143
 _ClickUsageError: Any = typer.BadParameter.__base__  # typer's only public name for it is through its child
 
 app = typer.Typer(
@@ -314,6 +316,7 @@ def _score(value: float | None) -> str:
 
 def main() -> None:
     """Run the command line; every failure is one line, a hint, and the exit code of DESIGN section 1.7."""
+    signal.signal(signal.SIGTERM, _terminate)
     try:
         code = app(standalone_mode=False)
     except DuovsrError as error:
@@ -327,7 +330,12 @@ def main() -> None:
     sys.exit(code if isinstance(code, int) else EXIT_OK)
 
 
-def _fail(message: str, hint: str | None, code: int) -> None:
+def _terminate(*_: object) -> None:
+    """As for Ctrl-C, an exception: every `with` on the way out cleans up."""
+    _fail("terminated; nothing was written", None, EXIT_TERMINATED)
+
+
+def _fail(message: str, hint: str | None, code: int) -> NoReturn:
     stderr.print(f"error: {message}", markup=False)
     if hint:
         stderr.print(f"hint: {hint}", markup=False)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -134,6 +136,22 @@ def test_interrupt_is_exit_code_130(run: Run, tmp_path: Path, monkeypatch: pytes
 
     monkeypatch.setattr(Upscaler, "upscale_file", interrupted)
     run.fails(130, "interrupted", "upscale", write_clip(tmp_path / "in.mp4"), tmp_path / "out.mp4")
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_leaves_nothing_behind(tmp_path: Path, number: signal.Signals, code: int) -> None:
+    source = write_clip(tmp_path / "in.mp4", Clip(pts=range(0, 512 * 400, 512)))
+    command = [sys.executable, "-m", "duovsr", "upscale", str(source), str(tmp_path / "out.mp4"), "--device", "cpu"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    while not list(tmp_path.glob(".out.mp4*")):
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == code, errors
+    assert errors.startswith("error: ")
+    assert "Traceback" not in errors
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.mp4"]
 
 
 def test_bench_measures_a_clip(run: Run, tmp_path: Path) -> None:

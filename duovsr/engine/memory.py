@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import os
+import sys
+from pathlib import Path
 
 import torch
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
+_UNKNOWN_MEMORY = 4 * 2**30  # Windows: assume a small machine
 _PART = 0.6  # of the free memory may be planned for: other processes, fragmentation
 
 
@@ -23,13 +26,13 @@ def free_memory(device: torch.device) -> int:
 
 def _free_host_memory() -> int:
     try:
-        with open("/proc/meminfo") as file:
-            for line in file:
-                if line.startswith("MemAvailable:"):
-                    return int(line.split()[1]) * 1024
+        lines = Path("/proc/meminfo").read_text().splitlines()
     except FileNotFoundError:  # not Linux
-        pass
-    return int(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2)
+        if not hasattr(os, "sysconf"):
+            return _UNKNOWN_MEMORY
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    available = next(line for line in lines if line.startswith("MemAvailable:"))
+    return int(available.split()[1]) * 1024
 
 
 def keep_freed_memory(device: torch.device) -> None:
@@ -37,8 +40,8 @@ def keep_freed_memory(device: torch.device) -> None:
 
     Every intermediate tensor of a frame is such a block; the page faults took 50 of 180 ms a frame at 1280x720.
     """
-    libc = ctypes.CDLL(None)
-    if device.type == "cpu" and hasattr(libc, "mallopt"):
+    libc = _glibc()
+    if device.type == "cpu" and libc is not None:
         libc.mallopt(_M_MMAP_THRESHOLD, 2**30)
         libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
@@ -55,5 +58,10 @@ def release_memory(device: torch.device) -> None:
         torch.cuda.empty_cache()
     elif device.type == "mps":
         torch.mps.empty_cache()
-    elif hasattr(ctypes.CDLL(None), "malloc_trim"):
-        ctypes.CDLL(None).malloc_trim(0)
+    elif (libc := _glibc()) is not None:
+        libc.malloc_trim(0)
+
+
+def _glibc() -> ctypes.CDLL | None:
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    return libc if hasattr(libc, "mallopt") else None  # musl has no such calls
