@@ -27,16 +27,26 @@ class TransformerState:
     values: tuple[Tensor, ...]
 
 
-class SelfAttention(nn.Module):
-    def __init__(self, config: TransformerConfig, shifted: bool) -> None:
+class Attention(nn.Module):
+    """The projections that both kinds of attention have; q and k are normed over all channels."""
+
+    def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
-        self.heads, self.window, self.shifted = config.heads, config.window, shifted
+        self.heads = config.heads
         self.q = nn.Linear(config.dim, config.dim)
         self.k = nn.Linear(config.dim, config.dim)
         self.v = nn.Linear(config.dim, config.dim)
         self.o = nn.Linear(config.dim, config.dim)
         self.norm_q = RMSNorm(config.dim, config.eps)
         self.norm_k = RMSNorm(config.dim, config.eps)
+
+
+class SelfAttention(Attention):
+    """Attention among the latents' tokens, rotated by their positions; full, or in windows with a past."""
+
+    def __init__(self, config: TransformerConfig, shifted: bool) -> None:
+        super().__init__(config)
+        self.window, self.shifted = config.window, shifted
 
     def forward(
         self, x: Tensor, rope: Tensor, past: tuple[Tensor, Tensor] | None
@@ -59,18 +69,8 @@ def _with_past(k: Tensor, v: Tensor, past: tuple[Tensor, Tensor] | None, window:
     return torch.cat([past[0], k], dim=1), torch.cat([past[1], v], dim=1)
 
 
-class CrossAttention(nn.Module):
+class CrossAttention(Attention):
     """Attention to the prompt's tokens: no mask, no positions (Wan2.1)."""
-
-    def __init__(self, config: TransformerConfig) -> None:
-        super().__init__()
-        self.heads = config.heads
-        self.q = nn.Linear(config.dim, config.dim)
-        self.k = nn.Linear(config.dim, config.dim)
-        self.v = nn.Linear(config.dim, config.dim)
-        self.o = nn.Linear(config.dim, config.dim)
-        self.norm_q = RMSNorm(config.dim, config.eps)
-        self.norm_k = RMSNorm(config.dim, config.eps)
 
     def forward(self, x: Tensor, text: Tensor) -> Tensor:
         """x (B, T, H, W, D), text (B, L, D) -> (B, T, H, W, D)."""
