@@ -131,9 +131,10 @@ def test_out_of_memory_steps_down_and_changes_no_pixel(
     small_upscaler: Upscaler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = write_clip(tmp_path / "in.mp4")
-    small_upscaler.upscale_file(source, tmp_path / "whole.mkv", UpscaleOptions(scale=2, codec="ffv1"))
+    options = UpscaleOptions(scale=2, codec="ffv1", chunk=12)
+    small_upscaler.upscale_file(source, tmp_path / "whole.mkv", options)
     calls = limited_memory(small_upscaler.model, 5, monkeypatch)
-    report = small_upscaler.upscale_file(source, tmp_path / "out.mkv", UpscaleOptions(scale=2, codec="ffv1"))
+    report = small_upscaler.upscale_file(source, tmp_path / "out.mkv", options)
     assert max(calls) > 5
     assert any("memory ran out" in notice for notice in report.notices)
     with VideoReader(tmp_path / "whole.mkv") as first, VideoReader(tmp_path / "out.mkv") as second:

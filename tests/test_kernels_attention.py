@@ -59,3 +59,13 @@ def test_a_tile_at_twice_the_window_sees_the_windows_of_the_frame(shifted: bool)
     whole = {s for s in window_starts(64, 8, shifted) if s[1] >= 16 + 8}
     tile = {(a + 16, b + 16, c + 16) for a, b, c in window_starts(48, 8, shifted) if b >= 8}
     assert whole == tile
+
+
+def test_indices_made_in_inference_mode_serve_training() -> None:
+    q, k, v = torch.randn(3, 1, 1, 11, 10, 2, 8).unbind(0)
+    window = WindowConfig(4, 4, past=0)
+    with torch.inference_mode():
+        attention(q, k, v, window)
+    q.requires_grad_()
+    attention(q, k, v, window).sum().backward()
+    assert q.grad is not None

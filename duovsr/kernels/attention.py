@@ -64,6 +64,7 @@ def window_starts(length: int, window: int, shifted: bool) -> list[tuple[int, in
 
 
 @lru_cache(maxsize=64)
+@torch.inference_mode(False)  # the cache outlives the mode: training may be the next to read it
 def _window_indices(
     H: int, W: int, height: int, width: int, shifted: bool, device: torch.device
 ) -> tuple[Tensor, Tensor]:

@@ -85,6 +85,7 @@ def _hash(seed: int, *counters: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=8)
+@torch.inference_mode(False)  # the cache outlives the mode
 def _quantiles(device: torch.device) -> Tensor:
     """Standard normal quantiles at the 65,536 midpoints: a table, because log and cos differ between devices."""
     midpoints = (torch.arange(65536, dtype=torch.float64) + 0.5) / 65536
