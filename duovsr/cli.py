@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import signal
 import sys
-import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -18,7 +17,8 @@ from rich.console import Console
 
 from duovsr import __version__
 from duovsr.errors import EXIT_OK, EXIT_WARNINGS, DuovsrError, UsageError
-from duovsr.options import Progress, UpscaleOptions
+from duovsr.options import UpscaleOptions
+from duovsr.progress import Reporter, stderr
 
 if TYPE_CHECKING:
     from duovsr.engine.plan import Plan
@@ -32,7 +32,6 @@ app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None, help=__doc__
 )
 app.info.help = "One-step diffusion video super-resolution."
-stderr = Console(stderr=True, highlight=False, soft_wrap=True)
 
 Model = Annotated[str, typer.Option(help="A shipped model; see `duovsr doctor`.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")]
@@ -104,7 +103,7 @@ def upscale(
         plan = upscaler.plan(info.width, info.height, options)
         _show_plan(plan, info.num_frames, seconds_per_frame(upscaler, plan, options), as_json)
         return
-    with _Reporter(source.name) as reporter:
+    with Reporter(source.name) as reporter:
         report = upscaler.upscale_file(source, destination, options, on_progress=reporter)
     for notice in report.notices:
         stderr.print(f"note: {notice}", markup=False)
@@ -186,51 +185,16 @@ def train(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved configuration only.")] = False,
 ) -> None:
     """Train the embedded model, stage by stage (needs duovsr[train])."""
-    from duovsr.train.stages import resolve, run_stage
+    try:
+        from duovsr.train.stages import resolve, run_stage
+    except ModuleNotFoundError as error:
+        raise UsageError(f"package `{error.name}` is missing", hint="pip install 'duovsr[train]'") from error
 
     config = resolve(stage, settings or [])
     if dry_run:
         _show({} if config is None else asdict(config), as_json=False)
         return
     run_stage(stage, data or [], init, out, config)
-
-
-class _Reporter:
-    """Progress of one file: a bar with frames, fps and ETA on a terminal, a line every few seconds elsewhere."""
-
-    INTERVAL = 5.0
-
-    def __init__(self, name: str) -> None:
-        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-        from rich.progress import Progress as Bar
-
-        self._name, self._began, self._last = name, time.monotonic(), time.monotonic()
-        columns = (
-            TextColumn("{task.description}", markup=False),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[fps]:.2f} fps"),
-            TimeRemainingColumn(),
-        )
-        self._bar = Bar(*columns, console=stderr, transient=True, disable=not stderr.is_terminal)
-        self._task = self._bar.add_task(name, total=None, fps=0.0)
-
-    def __enter__(self) -> _Reporter:
-        self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()
-
-    def __call__(self, progress: Progress) -> None:
-        now = time.monotonic()
-        fps = progress.done / max(now - self._began, 1e-9)
-        self._bar.update(self._task, completed=progress.done, total=progress.total, fps=fps)
-        if not stderr.is_terminal and now - self._last >= self.INTERVAL:
-            self._last = now
-            of = f" of {progress.total}" if progress.total else ""
-            left = f", {max(0, progress.total - progress.done) / fps:.0f} s left" if progress.total else ""
-            stderr.print(f"{self._name}: {progress.done}{of} frames, {fps:.2f} fps{left}", markup=False)
 
 
 def _parse_size(text: str | None) -> tuple[int, int] | None:
@@ -282,10 +246,15 @@ def _show(record: dict[str, Any], as_json: bool) -> None:
         return
     from rich.table import Table
 
+    rows = _flatten(record)
+    stdout = Console(emoji=False, markup=False)
+    if not stdout.is_terminal:
+        print("\n".join(f"{key}: {value}" for key, value in rows))
+        return
     table = Table(box=None, show_header=False)
-    for key, value in _flatten(record):
+    for key, value in rows:
         table.add_row(key, value)
-    Console().print(table, markup=False)
+    stdout.print(table)
 
 
 def _flatten(record: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
@@ -307,7 +276,7 @@ def _show_report(report: Report) -> None:
     for clip in report.clips:
         table.add_row(clip.name, *(_score(clip.scores.get(name)) for name in report.means))
     table.add_row("mean", *map(_score, report.means.values()))
-    Console().print(table)
+    Console(emoji=False, markup=False).print(table)
 
 
 def _score(value: float | None) -> str:
@@ -316,7 +285,10 @@ def _score(value: float | None) -> str:
 
 def main() -> None:
     """Run the command line; every failure is one line, a hint, and the exit code of DESIGN section 1.7."""
-    signal.signal(signal.SIGTERM, _terminate)
+    for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
+        signal.signal(number, _terminate)
+    if len(sys.argv) == 1:
+        sys.argv.append("--help")
     try:
         code = app(standalone_mode=False)
     except DuovsrError as error:
@@ -325,14 +297,21 @@ def main() -> None:
         context = error.ctx
         command = context.command_path if context else "duovsr"
         _fail(error.format_message(), f"see `{command} --help`", UsageError.exit_code)
+    except _Terminated:
+        _fail("terminated; no output was written", None, EXIT_TERMINATED)
     if code == EXIT_INTERRUPTED:  # typer turns Ctrl-C into this code
-        _fail("interrupted; nothing was written", None, EXIT_INTERRUPTED)
+        _fail("interrupted; no output was written", None, EXIT_INTERRUPTED)
     sys.exit(code if isinstance(code, int) else EXIT_OK)
 
 
+class _Terminated(BaseException):
+    """SIGTERM or a closed terminal, as an exception: every `with` on the way out cleans up, as for Ctrl-C."""
+
+
 def _terminate(*_: object) -> None:
-    """As for Ctrl-C, an exception: every `with` on the way out cleans up."""
-    _fail("terminated; nothing was written", None, EXIT_TERMINATED)
+    for number in (signal.SIGTERM, signal.SIGINT):  # one is enough: cleaning up must not be cut short
+        signal.signal(number, signal.SIG_IGN)
+    raise _Terminated
 
 
 def _fail(message: str, hint: str | None, code: int) -> NoReturn:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 from duovsr.errors import UsageError
@@ -142,8 +142,7 @@ class UpscaleOptions:
 
 @dataclass(frozen=True)
 class Progress:
-    """A report to `on_progress`: frames written so far, of `total` where the container tells it."""
+    """A report to `on_progress`: frames done so far, of `total` where the container tells it."""
 
     done: int
     total: int | None
-    notices: tuple[str, ...] = field(default=())

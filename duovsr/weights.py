@@ -20,10 +20,12 @@ from torch import Tensor, nn
 from duovsr.errors import InputError, UsageError
 from duovsr.model.layers import channels_last
 from duovsr.model.one_step import OneStepModel
+from duovsr.model.prompt import Prompt
 from duovsr.model.tiny_vae import TinyVAE
 from duovsr.model.transformer import Transformer
 from duovsr.options import PRESETS
 
+EMBEDDED = "tiny"
 FILES = ("transformer.safetensors", "vae.safetensors", "prompt.safetensors")
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -54,14 +56,20 @@ def read_manifest(folder: Path) -> dict[str, dict[str, str]]:
     path = folder / "manifest.json"
     if not path.is_file():
         raise InputError(f"no model manifest: `{path}`", hint="reinstall duovsr")
-    manifest: dict[str, dict[str, str]] = json.loads(path.read_text())
+    try:
+        manifest: dict[str, dict[str, str]] = json.loads(path.read_text())
+        complete = all(set(manifest[name]) == set(FILES) for name in {EMBEDDED, *manifest})
+    except (ValueError, KeyError, TypeError):
+        complete = False
+    if not complete:
+        raise InputError(f"damaged model manifest: `{path}`", hint="reinstall duovsr")
     return manifest
 
 
 def check_files(name: str) -> list[FileStatus]:
     """Compare a shipped model's files with the manifest."""
     statuses = []
-    for file, expected in read_manifest(weights_folder()).get(name, {}).items():
+    for file, expected in read_manifest(weights_folder())[name].items():
         path = weights_folder() / name / file
         found = sha256_of(path) if path.is_file() else None
         statuses.append(FileStatus(path, found, found == expected))
@@ -75,8 +83,8 @@ def load_model(name: str, device: torch.device, dtype: torch.dtype) -> OneStepMo
     """
     if name not in PRESETS:
         raise UsageError(f"unknown model: `{name}`", hint=f"use one of: {', '.join(shipped_models())}")
-    if name not in shipped_models():
-        raise UsageError(f"no weights for model `{name}` are shipped", hint="use `--model tiny`")
+    if name not in shipped_models() or PRESETS[name].vae is None:
+        raise UsageError(f"no weights for model `{name}` are shipped", hint=f"use `--model {EMBEDDED}`")
     for status in check_files(name):
         if not status.verified:
             found = "is missing" if status.sha256 is None else "does not match its sha256"
@@ -87,8 +95,10 @@ def load_model(name: str, device: torch.device, dtype: torch.dtype) -> OneStepMo
         transformer, vae = Transformer(preset.transformer), TinyVAE(preset.vae)
     transformer = load_strict(transformer, folder / FILES[0], device, dtype)
     vae = channels_last(load_strict(vae, folder / FILES[1], device, dtype))
-    prompt = _read(folder / FILES[2])["positive"].to(device, dtype)
-    return OneStepModel(preset, transformer, vae, prompt[None])
+    with torch.device("meta"):
+        prompt = Prompt(preset.transformer)
+    prompt = load_strict(prompt, folder / FILES[2], device, dtype)
+    return OneStepModel(preset, transformer, vae, prompt.tokens(1))
 
 
 def shipped_models() -> list[str]:

@@ -134,3 +134,13 @@ def test_motion_and_fades_are_no_cuts() -> None:
         detector = CutDetector()
         found = [detector.is_cut(frame) for frame in clip]  # all of them: each call sees the frame before
         assert not any(found)
+
+
+def test_cuts_close_together_are_found() -> None:
+    rng = np.random.default_rng(2)
+    shots = [
+        np.full((30, 40, 3), level, np.uint8) // 2 + rng.integers(0, 9, (30, 40, 3), np.uint8) for level in (0, 250)
+    ]
+    clip = [shots[i // 3 % 2] for i in range(12)]
+    detector = CutDetector()
+    assert [n for n, frame in enumerate(clip) if detector.is_cut(frame)] == [3, 6, 9]

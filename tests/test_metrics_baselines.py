@@ -52,8 +52,8 @@ def test_recorded_scores_are_reproduced(name: str, tmp_path: Path) -> None:
 def bicubic_x4(source: Path, target: Path) -> Path:
     """Writes the folder's clips at four times their size by OpenCV's bicubic (a = -0.75), losslessly.
 
-    The record's LQ frames were made RGB by FFmpeg's scaler at its defaults, which is worth 0.05 dB less on `real` (4:2:0)
-    than `VideoReader`'s exact conversion.
+    The record's LQ frames were made RGB by FFmpeg's scaler at its defaults, which is worth 0.05 dB less on `real`
+    (4:2:0) than `VideoReader`'s exact conversion.
     """
     cv2 = pytest.importorskip("cv2", reason="the recorded baseline is OpenCV's bicubic")
     for path in sorted(source.glob("*.mp4")):

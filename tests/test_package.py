@@ -32,7 +32,9 @@ MAY_IMPORT = {  # DESIGN section 6; every part may import itself, and a new part
     "engine.plan": BASE,
     "engine": BASE | {"model", "video", "weights", "engine.plan"},
     "train": BASE | {"model", "weights", "video", "metrics"},
-    "cli": BASE | {"kernels", "model", "weights", "video", "metrics", "engine.plan", "engine", "train", "__init__"},
+    "progress": BASE,
+    "cli": BASE
+    | {"kernels", "model", "weights", "video", "metrics", "engine.plan", "engine", "train", "progress", "__init__"},
     "__init__": BASE | {"engine"},
     "__main__": {"cli"},
 }

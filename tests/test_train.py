@@ -118,8 +118,8 @@ def test_camera_move_moves_smoothly() -> None:
 
 
 def test_held_out_sources_are_chosen_by_origin(sources: Path) -> None:
-    first, second = find_sources([sources]), find_sources([sources])
-    assert first == second
+    held_out = {source.path.name: source.validation for source in find_sources([sources])}
+    assert held_out == {"a.mp4": True, "b.mp4": False, "c.mkv": False, "broken.mp4": False}
     with pytest.raises(InputError, match=r"no manifest\.csv"):
         find_sources([sources / "missing"])
 
@@ -246,3 +246,29 @@ def test_settings_reach_their_places() -> None:
     ):
         with pytest.raises(UsageError, match=words):
             resolve(stage, [setting])
+
+
+def test_a_run_is_not_resumed_with_other_settings(pool: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(PRESETS, "tiny", SMALL)
+    run_stage("vae", [pool], None, tmp_path, short("vae", latent_free=1))
+    with pytest.raises(UsageError, match="other settings: learning_rate"):
+        run_stage("vae", [pool], None, tmp_path, short("vae", latent_free=1, learning_rate=9.0))
+    with pytest.raises(UsageError, match="other settings"):
+        run_stage("base", [pool], tmp_path, tmp_path, short("base"))
+
+
+def test_an_unfinished_pool_is_no_pool(sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    build_pool([sources], tmp_path, POOL)
+    monkeypatch.setattr("duovsr.train.data.degrade", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        build_pool([sources], tmp_path, POOL)
+    with pytest.raises(InputError, match="not a finished training pool"):
+        Pool([tmp_path], seed=0)
+
+
+def test_sources_without_stills_say_so(tmp_path: Path, sources: Path) -> None:
+    rows = (sources / "manifest.csv").read_text().splitlines()
+    write_clip(tmp_path / "b.mp4", Clip(size=(120, 72)))
+    (tmp_path / "manifest.csv").write_text("\n".join([rows[0], rows[2]]))
+    with pytest.raises(TrainError, match="no stills"):
+        build_pool([tmp_path], tmp_path / "pool", POOL)

@@ -176,8 +176,23 @@ def test_settings_that_cannot_be_written(tmp_path: Path, settings: dict[str, obj
 
 def test_size_that_the_encoder_refuses(tmp_path: Path) -> None:
     source = write_clip(tmp_path / "in.mp4", Clip(pts=(0,), size=(2, 2)))
-    with pytest.raises(UsageError, match="encoder libx265 refuses 2x2 in `yuv420p`"):
+    with pytest.raises(UsageError, match="libsvtav1 in mp4 refuses 2x2 in `yuv420p`"):
+        copy_clip(source, tmp_path / "out.mp4", codec="av1")
+    with pytest.raises(UsageError, match="hevc needs 64 pixels of width, not 2"):
         copy_clip(source, tmp_path / "out.mp4", codec="hevc")
+
+
+@pytest.mark.parametrize(("codec", "target"), [("libopus", "out.mov"), ("flac", "out.mov")])
+def test_sound_that_the_container_refuses_is_said(tmp_path: Path, codec: str, target: str) -> None:
+    source = write_clip(tmp_path / "in.mkv", Clip(audio=(codec,)))
+    with VideoReader(source) as reader:
+        frames = list(reader)
+        name = "mov"
+        with VideoWriter(tmp_path / target, reader.info, 64, 48, format_name=name) as writer:
+            for frame in frames:
+                writer.write(frame)
+    assert any("is not kept: mov does not hold it" in notice for notice in writer.notices)
+    assert probe(tmp_path / target).audio_codec is None
 
 
 @pytest.mark.parametrize("format_name", ["mp4", "matroska"])

@@ -50,7 +50,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     """torch raises its own type on GPUs, and a plain RuntimeError of the CPU allocator."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
-    return isinstance(error, RuntimeError) and "not enough memory" in str(error)
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
 
 
 def release_memory(device: torch.device) -> None:

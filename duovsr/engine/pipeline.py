@@ -5,6 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Generic, TypeVar
 
@@ -17,8 +18,12 @@ class _Failure:
         self.error = error
 
 
-def prefetch(items: Iterable[Item], depth: int) -> Iterator[Item]:
-    """Iterate `items` in a thread, at most `depth` ahead. Its exceptions arrive here, in order."""
+@contextmanager
+def prefetch(items: Iterable[Item], depth: int) -> Iterator[Iterator[Item]]:
+    """Iterate `items` in a thread, at most `depth` ahead; its exceptions arrive in order.
+
+    When the context is left, however it is left, the thread has ended and `items` may be closed.
+    """
     ahead: queue.Queue[object] = queue.Queue(maxsize=depth)
     stopped = threading.Event()
 
@@ -40,13 +45,16 @@ def prefetch(items: Iterable[Item], depth: int) -> Iterator[Item]:
         except BaseException as error:  # noqa: BLE001 - handed over to the consumer, who raises it
             offer(_Failure(error))
 
-    thread = threading.Thread(target=work, name="duovsr-decode", daemon=True)
-    thread.start()
-    try:
+    def received() -> Iterator[Item]:
         while (item := ahead.get()) is not _END:
             if isinstance(item, _Failure):
                 raise item.error
             yield item  # type: ignore[misc]
+
+    thread = threading.Thread(target=work, name="duovsr-decode", daemon=True)
+    thread.start()
+    try:
+        yield received()
     finally:
         stopped.set()
         thread.join()
@@ -79,8 +87,13 @@ class BackgroundSink(Generic[Item]):
     ) -> None:
         if error is not None:
             self._dropped.set()
-        self._queue.put(_END)
-        self._thread.join()
+        try:
+            self._queue.put(_END)
+            self._thread.join()
+        except BaseException:  # Ctrl-C while waiting: the thread must end before the file is closed under it
+            self._dropped.set()
+            self._thread.join()
+            raise
         if error is None and self._error is not None:
             raise self._error
 

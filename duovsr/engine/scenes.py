@@ -6,6 +6,7 @@ import numpy as np
 
 _GRID = 24  # the frame is compared as about 24 x 24 block samples
 _ABSOLUTE = 0.12  # mean change of full range that can be a cut
+_FIRST = 0.2  # as much at once is a cut even without a past
 _RELATIVE = 4.0  # and how far it must stand out from the changes before it
 
 
@@ -23,8 +24,15 @@ class CutDetector:
         if previous is None:
             return False
         change = float(np.abs(sample - previous).mean())
-        usual, self._usual = self._usual, change if self._usual is None else 0.7 * self._usual + 0.3 * change
-        return usual is not None and change > _ABSOLUTE and change > _RELATIVE * usual
+        if self._usual is None:  # the scene's second frame: nothing to compare its motion with
+            cut = change > _FIRST
+        else:
+            cut = change > _ABSOLUTE and change > _RELATIVE * self._usual
+        if cut:
+            self._usual = None
+        else:
+            self._usual = change if self._usual is None else 0.7 * self._usual + 0.3 * change
+        return cut
 
 
 def _sample(frame: np.ndarray) -> np.ndarray:

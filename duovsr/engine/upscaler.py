@@ -57,14 +57,14 @@ class UpscaleReport:
 
 
 class Upscaler:
-    """A loaded one-step model. Thread-safe for one stream at a time; prints nothing, never exits."""
+    """A loaded one-step model. Streams hold their own state: several may run from one model."""
 
     def __init__(self, model: OneStepModel) -> None:
         self.model = model
 
     @classmethod
     def from_preset(cls, name: str = "tiny", *, device: str = "auto", dtype: str = "auto") -> Upscaler:
-        """Load a shipped model.
+        """Load a shipped model. On Linux CPUs this also tells glibc, for the whole process, to keep freed memory.
 
         `device`: auto, cpu, cuda or mps; `dtype`: auto, float32, bfloat16 or float16. Raises UsageError for what this
         machine does not have, InputError for missing or altered model files.
@@ -94,17 +94,12 @@ class Upscaler:
         """
         options = options or UpscaleOptions()
         source = iter(frames)
-        first = next(source, None)
-        if first is None:
-            return
-        height, width = first.shape[:2]
-        plan = self.plan(width, height, options)
-        arrays = _checked(_to_numpy(frame) for frame in chain([first], source))
-        for output in self.restore(arrays, plan, options, StageTimes(), []):
-            if isinstance(first, Tensor):
-                yield torch.from_numpy(output).to(first.device)
-            else:
-                yield output
+        for first in source:
+            arrays = _checked(_to_numpy(frame) for frame in chain([first], source))
+            array = next(arrays)
+            plan = self.plan(array.shape[1], array.shape[0], options)
+            for output in self.restore(chain([array], arrays), plan, options, StageTimes(), []):
+                yield torch.from_numpy(output).to(first.device) if isinstance(first, Tensor) else output
 
     def upscale_file(
         self,
@@ -128,6 +123,7 @@ class Upscaler:
         with atomic_output(destination, options.overwrite) as partial:
             with (
                 VideoReader(source) as reader,
+                prefetch(reader, depth=2 * plan.chunk) as decoded,
                 VideoWriter(
                     partial,
                     info,
@@ -142,7 +138,7 @@ class Upscaler:
                 times: deque[Frame] = deque()  # of frames inside the model, without their pixels
 
                 def pixels() -> Iterator[np.ndarray]:
-                    for frame in prefetch(reader, depth=2 * plan.chunk):
+                    for frame in decoded:
                         times.append(replace(frame, pixels=_NO_PIXELS))
                         yield frame.pixels
 
@@ -192,12 +188,14 @@ class Upscaler:
                 raise
         release_memory(self.model.device)
         head = (chunk.padded_length // 2 - chunk.fresh) // TEMPORAL_FACTOR * TEMPORAL_FACTOR + chunk.fresh
-        if not 0 < head < chunk.padded_length or len(chunk.frames) <= head:
+        if not 0 < head < chunk.padded_length:
             raise OutOfMemoryError(
                 f"out of {plan.device} memory with a chunk of {chunk.padded_length} frames",
                 hint="use a smaller `--tile` (512 is the least) or `--device cpu`",
             )
-        notices.append(f"memory ran out: a chunk of {chunk.padded_length} frames was halved")
+        notice = f"memory ran out: chunks of {chunk.padded_length} frames were halved"
+        if notice not in notices:
+            notices.append(notice)
         first, rest = chunk.split(head)
         done, states = self._step_down(first, states, plan, options, stages, notices)
         more, states = self._step_down(rest, states, plan, options, stages, notices)
@@ -236,6 +234,8 @@ class Upscaler:
 
 
 _NO_PIXELS = np.empty((0, 0, 3), np.uint8)
+_FRAME_DTYPES = (np.uint8, np.uint16, np.float32)
+_FRAME_HINT = "frames are (H, W, 3) arrays or tensors of uint8, uint16 or float32"
 
 
 def choose_device(name: str) -> torch.device:
@@ -284,17 +284,21 @@ def _to_arrays(frames: Tensor, dtype: np.dtype) -> list[np.ndarray]:
 
 
 def _to_numpy(frame: np.ndarray | Tensor) -> np.ndarray:
-    return frame.cpu().numpy() if isinstance(frame, Tensor) else frame
+    """A copy: frames wait for their chunk, and many readers fill one buffer again and again."""
+    if isinstance(frame, Tensor):
+        if frame.dtype not in (torch.uint8, torch.uint16, torch.float32):
+            raise InputError(f"frames of {frame.dtype}", hint=_FRAME_HINT)
+        return frame.detach().cpu().numpy().copy()
+    if not isinstance(frame, np.ndarray):
+        raise InputError(f"a frame is a {type(frame).__name__}", hint=_FRAME_HINT)
+    return frame.copy()
 
 
 def _checked(frames: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
     expected: tuple[tuple[int, ...], np.dtype] | None = None
     for n, frame in enumerate(frames):
-        if frame.ndim != 3 or frame.shape[2] != 3 or frame.dtype not in (np.uint8, np.uint16, np.float32):
-            raise InputError(
-                f"frame {n} is {frame.dtype} of shape {frame.shape}",
-                hint="frames are (H, W, 3) of uint8, uint16 or float32",
-            )
+        if frame.ndim != 3 or frame.shape[2] != 3 or not frame.size or frame.dtype not in _FRAME_DTYPES:
+            raise InputError(f"frame {n} is {frame.dtype} of shape {frame.shape}", hint=_FRAME_HINT)
         expected = expected or (frame.shape, frame.dtype)
         if (frame.shape, frame.dtype) != expected:
             raise InputError(f"frame {n} is {frame.dtype} {frame.shape}, the first was {expected[1]} {expected[0]}")

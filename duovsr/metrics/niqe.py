@@ -148,7 +148,7 @@ def _from_hub() -> Path:
     except OSError as error:
         raise Unmeasurable(
             f"NIQE parameters cannot be downloaded: `{HUB_REPO}/{HUB_FILE}`",
-            hint="give a local copy of the published parameters (`niqe_pris_params.npz` or `niqe_modelparameters.mat`)",
+            hint="give `--niqe-parameters` a local copy: `niqe_pris_params.npz` or `niqe_modelparameters.mat`",
         ) from error
 
 

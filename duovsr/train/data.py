@@ -125,12 +125,20 @@ def build_pool(folders: list[Path], out: Path, config: PoolConfig) -> None:
     sources = [s for s in find_sources(folders) if s.validation == config.validation]
     generator = torch.Generator().manual_seed(config.seed + config.validation)
     is_still = torch.rand(config.samples, generator=generator) < config.stills
-    choice = torch.empty(config.samples, dtype=torch.long)
+    choice = torch.full((config.samples,), -1)
     for still in (True, False):
         weights = torch.tensor([s.weight * (s.still == still) for s in sources])
+        if not weights.any():
+            continue
         chosen = torch.multinomial(weights, config.samples, replacement=True, generator=generator)
         choice = torch.where(is_still == still, chosen, choice)
+    if (choice < 0).any():
+        missing = "clips" if is_still.all() or not any(not s.still for s in sources) else "stills"
+        raise TrainError(
+            f"the sources have no {missing}", hint="set the part of the stills with `--set stills=0` or `1`"
+        )
     out.mkdir(parents=True, exist_ok=True)
+    (out / "scale.npy").unlink(missing_ok=True)  # written last: a pool with it is finished
     N, T, side = config.samples, config.frames, config.side
     hq = open_memmap(out / "hq.npy", "w+", np.uint8, (N, T, side, side, 3))
     lq = open_memmap(out / "lq.npy", "w+", np.uint8, (N, T, side // 2, side // 2, 3))

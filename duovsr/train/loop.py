@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from duovsr.errors import InputError, TrainError
+from duovsr.errors import InputError, TrainError, UsageError
 
 StepFunction = Callable[[int], Mapping[str, Tensor]]
 
@@ -91,9 +91,8 @@ def run_loop(
         torch.set_num_threads(config.threads)
     emas = {name: Ema(modules[name], config.ema) for name in ema_of}
     base_rates = {name: [group["lr"] for group in o.param_groups] for name, o in optimizers.items()}
+    _check_settings(folder, settings)
     start = _resume(folder / "state.pt", modules, optimizers, emas)
-    if start == 0:
-        (folder / "settings.json").write_text(json.dumps(_describe(settings), indent=1, default=str))
     began = time.monotonic()
     with (folder / "metrics.jsonl").open("a") as log:
         bar = tqdm(range(start, config.steps), initial=start, total=config.steps, desc=folder.name, disable=None)
@@ -127,6 +126,22 @@ def load_final(folder: Path, name: str) -> dict[str, Tensor]:
     if name not in final:
         raise InputError(f"run `{folder}` has no `{name}`: it has {', '.join(final)}", hint="see the order of stages")
     return final[name]
+
+
+def _check_settings(folder: Path, settings: object) -> None:
+    """Note a new run's settings; refuse to resume a run that had others."""
+    path = folder / "settings.json"
+    described = json.loads(json.dumps(_describe(settings), default=str))
+    if not (folder / "state.pt").exists():
+        path.write_text(json.dumps(described, indent=1))
+        return
+    noted = json.loads(path.read_text())
+    different = sorted(key for key in described["settings"] if described["settings"][key] != noted["settings"].get(key))
+    if different or described["stage"] != noted["stage"]:
+        raise UsageError(
+            f"run `{folder}` was started with other settings: {', '.join(different) or noted['stage']}",
+            hint="resume with the same command, or choose another `--out`",
+        )
 
 
 def _resume(
@@ -173,5 +188,12 @@ def _atomic_save(state: object, path: Path) -> None:
 
 
 def _describe(settings: object) -> dict[str, Any]:
-    fields = asdict(settings) if is_dataclass(settings) and not isinstance(settings, type) else {"settings": settings}
-    return {**fields, "torch": torch.__version__, "python": platform.python_version(), "machine": platform.processor()}
+    fields = asdict(settings) if is_dataclass(settings) and not isinstance(settings, type) else {}
+    stage = type(settings).__name__
+    return {
+        "stage": stage,
+        "settings": fields,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "machine": platform.processor(),
+    }

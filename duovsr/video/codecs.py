@@ -63,6 +63,9 @@ class Encoding:
     notices: tuple[str, ...]
 
 
+X265_MIN_WIDTH = 64  # below its block size, libx265 corrupts memory and takes the process down
+
+
 def choose_encoding(
     source: VideoInfo,
     width: int,
@@ -78,9 +81,11 @@ def choose_encoding(
     Raises `UsageError` for an unknown codec, a crf the codec has not, or a pixel format it cannot write.
     """
     deep = source.bit_depth > 8
-    name = codec or _default_codec(format_name, deep)
+    name = codec or _default_codec(format_name, deep, width)
     if name not in CODECS:
         raise UsageError(f"unknown codec: `{name}`", hint=f"use one of {', '.join(CODECS)}")
+    if name == "hevc" and width < X265_MIN_WIDTH:
+        raise UsageError(f"hevc needs {X265_MIN_WIDTH} pixels of width, not {width}", hint="use --codec h264 or ffv1")
     entry = CODECS[name]
     chosen, notices = _pix_fmt(entry, deep, width, height) if pix_fmt is None else (pix_fmt, [])
     if pix_fmt is not None:
@@ -97,10 +102,10 @@ def choose_encoding(
     return Encoding(name, entry.encoder, chosen, options, tuple(notices))
 
 
-def _default_codec(format_name: str, deep: bool) -> str:
+def _default_codec(format_name: str, deep: bool, width: int) -> str:
     if format_name == "webm":
         return "av1" if deep else "vp9"
-    return "hevc" if deep else "h264"
+    return "hevc" if deep and width >= X265_MIN_WIDTH else "h264"
 
 
 def _pix_fmt(entry: Codec, deep: bool, width: int, height: int) -> tuple[str, list[str]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
@@ -29,10 +30,16 @@ def check_target(source: Path, destination: Path, overwrite: bool) -> None:
     """Raises `UsageError` if the output could not, or must not, be put at `destination`. Touches nothing."""
     container_format(destination)
     folder = destination.parent
-    if destination.is_dir():
-        raise UsageError(f"the target is a folder: `{destination}`", hint="name a file in it")
     if not folder.is_dir():
         raise UsageError(f"no such folder: `{folder}`", hint="create it first")
+    try:
+        destination.lstat()
+    except FileNotFoundError:
+        pass
+    except OSError as error:  # a name that is too long
+        raise UsageError(f"cannot write `{destination}`: {error.strerror}") from error
+    if destination.is_dir():
+        raise UsageError(f"the target is a folder: `{destination}`", hint="name a file in it")
     if not os.access(folder, os.W_OK | os.X_OK):
         raise UsageError(f"no permission to write in `{folder}`")
     if not os.path.lexists(destination):
@@ -75,14 +82,17 @@ def atomic_output(destination: Path, overwrite: bool) -> Iterator[Path]:
     When the final name appears, all data is on the disk. Raises `NoSpaceError`, and `UsageError` if the target has
     come into being meanwhile.
     """
-    partial = destination.with_name(f".{destination.name}.part")
+    with disk_errors(destination):
+        # A name of its own for every run, made anew: two runs at one target must not write one file.
+        descriptor, name = tempfile.mkstemp(prefix=".duovsr-", suffix=".part", dir=destination.parent)
+        os.close(descriptor)
+    partial = Path(name)
     try:
         yield partial
         with disk_errors(destination):
+            os.chmod(partial, 0o666 & ~_umask())  # mkstemp's file is its owner's alone
             _fsync(partial, os.O_RDWR)
-            if os.path.lexists(destination) and not overwrite:
-                raise UsageError(f"the target exists: `{destination}`", hint="use --overwrite to replace it")
-            os.replace(partial, destination)
+            _publish(partial, destination, overwrite)
             if os.name == "posix":  # Windows can neither open nor sync a folder
                 _fsync(destination.parent, os.O_RDONLY)
     except BaseException:  # an interrupt too must not leave a partial file
@@ -105,6 +115,29 @@ def verify_output(path: Path, expected_pts: Sequence[int], time_base: Fraction) 
     for index, (pts, expected) in enumerate(zip(found, sorted(expected_pts), strict=True)):
         if abs(pts * tick - expected * time_base) > tick / 2:
             raise AssertionError(f"frame {index} of `{path}` is at {pts * tick} s instead of {expected * time_base} s")
+
+
+def _publish(partial: Path, destination: Path, overwrite: bool) -> None:
+    """Give the partial file its final name, at once; of two runs without --overwrite, one is refused."""
+    taken = UsageError(f"the target exists: `{destination}`", hint="use --overwrite to replace it")
+    if overwrite:
+        os.replace(partial, destination)
+        return
+    try:
+        os.link(partial, destination)  # unlike a rename, it fails where the name is taken
+        partial.unlink()
+    except FileExistsError:
+        raise taken from None
+    except OSError as error:  # a file system without hard links
+        if os.path.lexists(destination):
+            raise taken from error
+        os.replace(partial, destination)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def _fsync(path: Path, flags: int) -> None:

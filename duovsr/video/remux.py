@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -71,14 +72,23 @@ class StreamCopier:
             name = stream.metadata.get("filename", f"#{stream.index}")
             self.notices.append(f"attachment `{name}` is not kept: only mkv holds it")
             return
-        try:
-            copy = self._target.add_stream_from_template(stream)
-        except ValueError:  # PyAV's word for a codec that the container does not hold
+        if not self._is_held(stream):
             self.notices.append(f"{label} is not kept: {self._target.format.name} does not hold it")
             return
+        copy = self._target.add_stream_from_template(stream)
         self._copy_properties(stream, copy)
         if not isinstance(stream, AttachmentStream):  # an attachment's payload is in the header
             self._copies[stream.index] = copy
+
+    def _is_held(self, stream: Stream) -> bool:
+        """Whether the container takes such a stream: asked of the muxer, with a file in memory."""
+        with av.open(io.BytesIO(), "w", format=self._target.format.name) as trial:
+            try:
+                trial.add_stream_from_template(stream)
+                trial.start_encoding()
+            except (ValueError, av.error.FFmpegError):
+                return False
+        return True
 
     def _copy_file_properties(self) -> None:
         self._target.metadata.update(_without(self._input.metadata, _FILE_KEYS))

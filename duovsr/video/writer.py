@@ -13,7 +13,7 @@ import av
 import numpy as np
 from av.video.stream import VideoStream
 
-from duovsr.errors import InputError, UsageError
+from duovsr.errors import DuovsrError, InputError, UsageError
 from duovsr.video.codecs import Encoding, choose_encoding
 from duovsr.video.color import ColorTags, RgbToFrame, output_tags
 from duovsr.video.info import VideoInfo
@@ -129,8 +129,8 @@ class VideoWriter:
                 self._container.start_encoding()
         except av.error.FFmpegError as error:
             self._abandon()
-            message = f"encoder {encoding.encoder} refuses {width}x{height} in `{encoding.pix_fmt}`"
-            raise UsageError(message, hint="try another --codec") from error
+            message = f"{encoding.encoder} in {self._format_name} refuses {width}x{height} in `{encoding.pix_fmt}`"
+            raise UsageError(message, hint="try another --codec, or write to .mkv") from error
         except BaseException:
             self._abandon()
             raise
@@ -150,8 +150,11 @@ class VideoWriter:
             with disk_errors(self._path):
                 self._copier.finish()
                 self._container.close()
-        except BaseException:
+        except BaseException as error:
             self._abandon()
+            if isinstance(error, av.error.FFmpegError):
+                message = f"the {self._format_name} file cannot be finished: {error.strerror}"
+                raise DuovsrError(message, hint="write to .mkv, which holds most") from error
             raise
         self._copier.close()
         self.notices += self._copier.notices
