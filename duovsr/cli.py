@@ -88,12 +88,14 @@ def upscale(
         pix_fmt=pix_fmt,
         overwrite=overwrite,
     )
+    from duovsr.video.codecs import choose_encoding
     from duovsr.video.info import probe
-    from duovsr.video.output import check_target
+    from duovsr.video.output import check_target, container_format
 
     info = probe(source)  # bad input is refused before seconds are spent on loading a model
     check_target(source, destination, overwrite or dry_run)
-    options.target_size(info.width, info.height)
+    target_size = options.target_size(info.width, info.height)
+    choose_encoding(info, *target_size, container_format(destination), codec=codec, crf=crf, pix_fmt=pix_fmt)
     from duovsr.engine.upscaler import Upscaler
 
     upscaler = Upscaler.from_preset(model, device=device, dtype=dtype)

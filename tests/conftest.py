@@ -1,9 +1,6 @@
-"""Small random models, and where the shared data lies if it is there."""
+"""Small random models that the tests share."""
 
 from __future__ import annotations
-
-import os
-from pathlib import Path
 
 import pytest
 import torch
@@ -54,12 +51,3 @@ def small_model() -> OneStepModel:
 @pytest.fixture(scope="session")
 def small_upscaler(small_model: OneStepModel) -> Upscaler:
     return Upscaler(small_model)
-
-
-@pytest.fixture(scope="session")
-def shared_data() -> Path:
-    """The folder of evaluation clips; tests that need it are skipped where it is not."""
-    root = Path(os.environ.get("DUOVSR_SHARED", Path(__file__).parents[2] / "shared"))
-    if not (root / "data" / "eval").is_dir():
-        pytest.skip("no shared evaluation clips here (set DUOVSR_SHARED)")
-    return root / "data"

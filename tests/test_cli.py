@@ -99,6 +99,7 @@ def test_dry_run_plans_and_writes_nothing(run: Run, tmp_path: Path) -> None:
 def test_wrong_flags_are_usage_errors(run: Run, tmp_path: Path, flags: list[str], words: str) -> None:
     source = write_clip(tmp_path / "in.mp4")
     run.fails(2, words, "upscale", source, tmp_path / "out.mp4", *flags)
+    run.fails(2, words, "upscale", source, tmp_path / "out.mp4", *flags, "--dry-run")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.mp4"]
 
 

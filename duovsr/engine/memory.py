@@ -38,7 +38,7 @@ def _free_host_memory() -> int:
 def keep_freed_memory(device: torch.device) -> None:
     """Let glibc keep the large blocks that torch frees on a CPU: it maps and clears each anew by default.
 
-    Every intermediate tensor of a frame is such a block; the page faults took 50 of 180 ms a frame at 1280x720.
+    Every intermediate tensor of a frame is such a block, and clearing them anew is a good part of a frame's time.
     """
     libc = _glibc()
     if device.type == "cpu" and libc is not None:

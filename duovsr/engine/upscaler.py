@@ -306,5 +306,5 @@ def _checked(frames: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
 
 
 def _estimate_bytes(info: VideoInfo, plan: Plan) -> int:
-    """A cautious guess of the output's size: 0.2 bytes a pixel and frame (x264 at crf 18 stays below)."""
+    """A guess of the output's size, 0.2 bytes a pixel and frame: only a disk that is all but full is refused early."""
     return int((info.num_frames or 0) * plan.target_size[0] * plan.target_size[1] * 0.2)
