@@ -15,8 +15,9 @@ TILE_OVERLAP = 256
 MIN_TILE = 2 * TILE_OVERLAP
 DEFAULT_CHUNK = {"cpu": 4, "cuda": 16, "mps": 8}  # a CPU is faster on what its caches hold
 
-# Upper bounds of what `benchmarks/memory.py` measured (results/memory_cpu.json): what the process holds at all; per
-# pixel of the whole frame (the video's reader and writer), per such pixel and frame of a chunk (the LQ and the result),
+# Upper bounds of what `benchmarks/memory.py` measured on a CPU (results/memory_cpu.json); elsewhere unmeasured.
+# What the process holds at all; per pixel of the whole frame (the video's reader and writer), per such pixel and frame
+# of a chunk (the LQ and the result),
 # and per pixel of a tile and frame in the model, by bytes of the dtype.
 BASE_BYTES = 540 * 2**20
 BYTES_PER_PIXEL = 420

@@ -45,7 +45,7 @@ def learning_rate_factor(step: int, config: LoopConfig) -> float:
 
 
 class Ema:
-    """Exponential moving average of a module's parameters and buffers, kept beside it in float32."""
+    """Exponential moving average of a module's parameters and buffers, kept beside it in their own dtype."""
 
     def __init__(self, module: nn.Module, decay: float) -> None:
         self.decay = decay

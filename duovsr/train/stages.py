@@ -46,7 +46,7 @@ def resolve(stage: str, settings: list[str]) -> Any:
 
 
 def run_stage(stage: str, data: list[Path], init: Path | None, out: Path, config: Any) -> None:
-    """Run a stage with its resolved configuration; the same call again resumes it."""
+    """Run a stage with its resolved configuration. The same call again resumes a training run; a pool is made anew."""
     if stage != "export" and not data:
         raise UsageError(f"stage `{stage}` needs data", hint="add `--data FOLDER`")
     if stage not in ("pool", "vae") and init is None:
