@@ -107,7 +107,7 @@ def shipped_models() -> list[str]:
 
 def load_strict(module: Module, path: Path, device: torch.device, dtype: torch.dtype) -> Module:
     """Fill a module built on the meta device: every key, and no other. Frozen, in evaluation mode."""
-    state = {name: tensor.to(device, dtype) for name, tensor in _read(path).items()}
+    state = {name: tensor.to(device, dtype) for name, tensor in read_safetensors(path).items()}
     try:
         module.load_state_dict(state, strict=True, assign=True)
     except RuntimeError as error:
@@ -115,7 +115,8 @@ def load_strict(module: Module, path: Path, device: torch.device, dtype: torch.d
     return module.requires_grad_(False).eval()
 
 
-def _read(path: Path) -> dict[str, Tensor]:
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """Every tensor of a file. Raises InputError."""
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:

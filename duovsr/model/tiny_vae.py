@@ -11,6 +11,7 @@ clip equals the whole one. Frames of one call are processed as one batch of 2D c
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import repeat
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +25,7 @@ SPATIAL_FACTOR = 8
 
 @dataclass(frozen=True)
 class VAEState:
-    """The last input of each memory block, (B, C, H, W) each."""
+    """The last input of each memory block and, after a decode with latents, of the latents' expansion: (B, C, H, W)."""
 
     memories: tuple[Tensor, ...]
 
@@ -42,8 +43,7 @@ class MemoryBlock(nn.Module):
     def forward(self, x: Tensor, memory: Tensor | None) -> tuple[Tensor, Tensor]:
         """Returns the output and the next memory. At a scene's start (`memory` None) step 0 is its own predecessor."""
         B, T = x.shape[:2]
-        memory = x[:, 0] if memory is None else memory
-        before = torch.cat([memory[:, None], x[:, :-1]], dim=1)
+        before = _with_before(x, memory)
         h = F.relu(self.current(_merge(x)) + self.previous(_merge(before)), inplace=not self.training)
         h = F.relu(self.middle(h), inplace=not self.training)
         return x + _split(self.out(h), B), x[:, -1]
@@ -88,7 +88,7 @@ class Decoder(nn.Module):
         self.lq_down = nn.Conv2d(4 * w4, w8, 1)
         self.latent_in = nn.Conv2d(config.latent_channels, w8, 3, padding=1)
         self.latent_blocks = nn.ModuleList(ResBlock(w8) for _ in range(config.latent_blocks))
-        self.expand_time = nn.Conv2d(w8, TEMPORAL_FACTOR * w8, 1)
+        self.expand_time = nn.Conv2d(2 * w8, TEMPORAL_FACTOR * w8, 1)
         self.memory_blocks = nn.ModuleList(MemoryBlock(w8) for _ in range(config.blocks_8))
         self.up = nn.Conv2d(w8, 4 * w4, 1)
         self.blocks = nn.ModuleList(ResBlock(w4) for _ in range(config.blocks_4))
@@ -101,12 +101,15 @@ class Decoder(nn.Module):
         B, dtype = lq.shape[0], self.lq_in.weight.dtype
         lq_quarter = F.relu(self.lq_in(unshuffle(_merge(lq.to(dtype)), 4)))
         h = self.lq_down(unshuffle(lq_quarter, 2))
-        if latents is not None:
-            h = h + self._expand(latents.to(dtype))
-        h = _split(h, B)
+        before = iter(memories) if memories is not None else repeat(None)
         next_memories = []
-        for i, block in enumerate(self.memory_blocks):
-            h, memory = block(h, None if memories is None else memories[i])
+        if latents is not None:
+            expanded, memory = self._expand(latents.to(dtype), next(before))
+            h = h + expanded
+            next_memories.append(memory)
+        h = _split(h, B)
+        for block in self.memory_blocks:
+            h, memory = block(h, next(before))
             next_memories.append(memory)
         quarter = shuffle(self.up(_merge(h)), 2) + lq_quarter
         for block in self.blocks:
@@ -115,12 +118,19 @@ class Decoder(nn.Module):
         # Added in the frames' own type: bfloat16 would round the picture itself to 8 bits less a sign.
         return lq + _split(residual, B), tuple(next_memories)
 
-    def _expand(self, latents: Tensor) -> Tensor:
-        """Latents (B, T, C, h, w) -> features (B 4T, width_8, h, w): each latent step gives four frames."""
+    def _expand(self, latents: Tensor, memory: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Latents (B, T, C, h, w) -> features (B 4T, width_8, h, w), and the next memory.
+
+        Each latent step gives four frames. They also see the step before, or its end would show as a jump.
+        """
         z = F.relu(self.latent_in(_merge(latents)))
         for block in self.latent_blocks:
             z = block(z)
-        return _channels_last(self.expand_time(z).unflatten(1, (TEMPORAL_FACTOR, -1)).flatten(0, 1))
+        z = _split(z, latents.shape[0])
+        pair = torch.cat([_with_before(z, memory), z], dim=2)
+        return _channels_last(self.expand_time(_merge(pair)).unflatten(1, (TEMPORAL_FACTOR, -1)).flatten(0, 1)), z[
+            :, -1
+        ]
 
 
 class TinyVAE(nn.Module):
@@ -176,6 +186,12 @@ def _time_first(frames: Tensor) -> Tensor:
 def _repeat_first(x: Tensor) -> Tensor:
     """Put TEMPORAL_FACTOR - 1 copies of the first step of (B, T, ...) in front."""
     return torch.cat([x[:, :1]] * (TEMPORAL_FACTOR - 1) + [x], dim=1)
+
+
+def _with_before(x: Tensor, memory: Tensor | None) -> Tensor:
+    """Each step's predecessor in x (B, T, C, H, W); the first one's is `memory` or, at a scene's start, itself."""
+    first = x[:, 0] if memory is None else memory
+    return torch.cat([first[:, None], x[:, :-1]], dim=1)
 
 
 def _channels_last(x: Tensor) -> Tensor:

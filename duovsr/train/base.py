@@ -15,7 +15,8 @@ from duovsr.model.tiny_vae import TinyVAE
 from duovsr.model.transformer import Transformer
 from duovsr.options import PRESETS, Preset
 from duovsr.train.data import Pool
-from duovsr.train.loop import LoopConfig, load_final, optimizer_step, run_loop
+from duovsr.train.loop import LoopConfig, optimizer_step, run_loop
+from duovsr.train.runs import load_weights
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ def load_vae(preset: Preset, folder: Path) -> TinyVAE:
     """A finished run's autoencoder, frozen."""
     assert preset.vae is not None
     vae = channels_last(TinyVAE(preset.vae))
-    vae.load_state_dict(load_final(folder, "vae"), strict=True)
+    vae.load_state_dict(load_weights(folder, "vae"), strict=True)
     return vae.requires_grad_(False)
 
 

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from duovsr.errors import InputError, TrainError, UsageError
+from duovsr.errors import TrainError, UsageError
+from duovsr.train.runs import FINAL
 
 StepFunction = Callable[[int], Mapping[str, Tensor]]
 
@@ -114,18 +115,7 @@ def run_loop(
             if (step + 1) % config.save_every == 0 or step == config.steps - 1:
                 _save(folder / "state.pt", step + 1, modules, optimizers, emas)
     final = {name: module.state_dict() for name, module in (carried or {}).items()}
-    _atomic_save({**final, **{name: ema.values for name, ema in emas.items()}}, folder / "final.pt")
-
-
-def load_final(folder: Path, name: str) -> dict[str, Tensor]:
-    """Weights of a module of a finished run. Raises InputError where the run has not finished or lacks the module."""
-    path = folder / "final.pt"
-    if not path.is_file():
-        raise InputError(f"not a finished training run: `{folder}`", hint="run its stage to the end first")
-    final: dict[str, dict[str, Tensor]] = torch.load(path, weights_only=True)
-    if name not in final:
-        raise InputError(f"run `{folder}` has no `{name}`: it has {', '.join(final)}", hint="see the order of stages")
-    return final[name]
+    _atomic_save({**final, **{name: ema.values for name, ema in emas.items()}}, folder / FINAL)
 
 
 def _check_settings(folder: Path, settings: object) -> None:

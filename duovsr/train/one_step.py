@@ -16,7 +16,8 @@ from duovsr.model import flow
 from duovsr.options import PRESETS
 from duovsr.train.base import PromptedTransformer, encode_pair, load_vae, shared_noise
 from duovsr.train.data import Pool
-from duovsr.train.loop import LoopConfig, load_final, optimizer_step, run_loop
+from duovsr.train.loop import LoopConfig, optimizer_step, run_loop
+from duovsr.train.runs import load_weights
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ def train_one_step(pools: list[Path], init: Path, out: Path, config: OneStepTrai
     vae = load_vae(preset, init)
     teacher, student = PromptedTransformer(preset), PromptedTransformer(preset)
     for model in (teacher, student):
-        model.load_state_dict(load_final(init, "model"), strict=True)
+        model.load_state_dict(load_weights(init, "model"), strict=True)
     teacher.requires_grad_(False)
     optimizer = torch.optim.AdamW(student.parameters(), lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
     pool = Pool(pools, config.loop.seed)

@@ -10,9 +10,9 @@ from typing import Any
 from duovsr.errors import UsageError
 from duovsr.train.base import BaseTrainConfig, train_base
 from duovsr.train.data import PoolConfig, build_pool
-from duovsr.train.export import export
 from duovsr.train.one_step import OneStepTrainConfig, train_one_step
 from duovsr.train.refine import RefineTrainConfig, train_refine
+from duovsr.train.runs import export
 from duovsr.train.vae import VAETrainConfig, train_vae
 
 # In the order of a whole training. `pool` takes folders of sources as data, the others pools.

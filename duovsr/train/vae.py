@@ -17,8 +17,9 @@ from duovsr.model.layers import channels_last
 from duovsr.model.tiny_vae import TinyVAE
 from duovsr.options import PRESETS
 from duovsr.train.data import Pool
-from duovsr.train.loop import LoopConfig, load_final, optimizer_step, run_loop
+from duovsr.train.loop import LoopConfig, optimizer_step, run_loop
 from duovsr.train.losses import charbonnier, gradient_loss, temporal_loss
+from duovsr.train.runs import load_weights
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ def train_vae(pools: list[Path], init: Path | None, out: Path, config: VAETrainC
     torch.manual_seed(config.loop.seed)
     vae = channels_last(TinyVAE(preset.vae))
     if init is not None:
-        vae.load_state_dict(load_final(init, "vae"), strict=True)
+        vae.load_state_dict(load_weights(init, "vae"), strict=True)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=1e-4)
     pool = Pool(pools, config.loop.seed)
 
