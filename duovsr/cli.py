@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import signal
 import sys
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -177,26 +176,37 @@ def doctor(as_json: Json = False) -> None:
 
 @app.command()
 def train(
-    stage: Annotated[str, typer.Argument(help="pool, vae, base, onestep, refine or export.")],
+    stage: Annotated[
+        str,
+        typer.Argument(
+            help="pool, vae, latents, base, cfg, progressive, dual, prefs, dpo, refine, export, recipe or tune."
+        ),
+    ],
     out: Annotated[Path, typer.Option(help="The folder to write; an unfinished run in it is resumed.")],
+    name: Annotated[str | None, typer.Argument(help="Of a recipe: tiny or paper.")] = None,
+    preset: Annotated[str, typer.Option("--preset", "--model", help="The model's shape.")] = "tiny",
     data: Annotated[
-        list[Path] | None, typer.Option(help="Folder of sources (pool) or a pool; may be repeated.")
+        list[Path] | None, typer.Option(help="Sources (pool, tune), a pool, latents or pairs; may be repeated.")
     ] = None,
-    init: Annotated[Path | None, typer.Option(help="The finished run to start from.")] = None,
-    settings: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="As loop.steps=100.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved configuration only.")] = False,
+    validation: Annotated[list[Path] | None, typer.Option(help="A pool of held-out sources; may be repeated.")] = None,
+    init: Annotated[Path | None, typer.Option(help="The finished run or exported model to start from.")] = None,
+    settings: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="As steps=100.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the configuration and the plan only.")] = False,
+    devices: Annotated[int, typer.Option(min=1, help="How many devices --dry-run plans for.")] = 1,
 ) -> None:
-    """Train the embedded model, stage by stage (needs duovsr[train])."""
+    """Train a model, stage by stage (needs duovsr[train])."""
     try:
-        from duovsr.train.stages import resolve, run_stage
+        from duovsr.train.memory import describe
+        from duovsr.train.stages import Job, resolve, run_job
     except ModuleNotFoundError as error:
         raise UsageError(f"package `{error.name}` is missing", hint="pip install 'duovsr[train]'") from error
 
-    config = resolve(stage, settings or [])
+    job = Job(stage, out, preset, tuple(data or ()), tuple(validation or ()), init, name)
+    config = resolve(job, settings or [])
     if dry_run:
-        _show({} if config is None else asdict(config), as_json=False)
+        _show(describe(job, config, devices), as_json=False)
         return
-    run_stage(stage, data or [], init, out, config)
+    run_job(job, config)
 
 
 def _parse_size(text: str | None) -> tuple[int, int] | None:

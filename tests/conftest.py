@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
 
@@ -34,6 +37,30 @@ SMALL = Preset(
 def one_thread() -> None:
     # Small tensors: two threads would spend their time waiting for each other.
     torch.set_num_threads(1)
+
+
+def write_pool(folder: Path, samples: int = 8, frames: int = 9, side: int = 72, *, live: bool = False) -> Path:
+    """A finished training pool of moving random textures, x2 and x4."""
+    folder.mkdir(parents=True, exist_ok=True)
+    generator = torch.Generator().manual_seed(0)
+    canvas = torch.rand(samples, 3, side // 4 + 6, side // 4 + 6, generator=generator)
+    canvas = torch.nn.functional.interpolate(canvas, scale_factor=4, mode="bicubic", align_corners=False).clamp(0, 1)
+    hq = torch.stack([canvas[:, :, t : t + side, 2 * t : 2 * t + side] for t in range(frames)], dim=1)
+    lq = torch.zeros(samples, frames, 3, side * 2 // 3, side * 2 // 3)
+    scales = np.where(np.arange(samples) % 2 == 0, 4.0, 2.0).astype(np.float32)
+    for row, scale in enumerate(scales):
+        small = round(side / float(scale))
+        lq[row, :, :, :small, :small] = torch.nn.functional.interpolate(hq[row], (small, small), mode="area")
+    names = ("hq.npy",) if live else ("hq.npy", "lq.npy")
+    for name, array in zip(names, (hq, lq), strict=False):
+        np.save(folder / name, (array * 255).round().byte().movedim(2, -1).numpy())
+    np.save(folder / "scale.npy", scales)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def training_pool(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_pool(tmp_path_factory.mktemp("data") / "pool")
 
 
 @pytest.fixture(scope="session")

@@ -1,150 +1,104 @@
-"""The trainer: operators, pools, and a chain of stages that resumes to the same bits."""
+"""The trainer: batches, and a chain of stages from pixels to a model that loads."""
 
 from __future__ import annotations
 
-import csv
 import json
-import math
-from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch.testing import assert_close
+from PIL import Image
+from torch import Tensor, nn
 
-from duovsr.errors import InputError, TrainError, UsageError
+from duovsr.errors import InputError, UsageError
+from duovsr.model import flow
 from duovsr.options import PRESETS
-from duovsr.train import degradation as ops
-from duovsr.train.data import Pool, PoolConfig, build_pool, camera_move, find_sources
-from duovsr.train.loop import LoopConfig, optimizer_step, run_loop
+from duovsr.train.data import Pool, sharpness
+from duovsr.train.distributed import World
+from duovsr.train.draws import Draws
+from duovsr.train.journal import note_settings
+from duovsr.train.loop import Run
 from duovsr.train.losses import gradient_loss, temporal_loss
-from duovsr.train.one_step import ode_solution
-from duovsr.train.stages import CONFIGS, resolve, run_stage
+from duovsr.train.options import RECIPES, DualConfig, ProgressiveConfig, StageConfig
+from duovsr.train.roles import ode_solution
+from duovsr.train.runs import load_weights
+from duovsr.train.sources import sharpness as exact_sharpness
+from duovsr.train.stages import Job, resolve, run_job
 from duovsr.weights import check_files, load_model
-from tests.clips import Clip, write_clip
-from tests.conftest import SMALL
+from tests.conftest import SMALL, write_pool
 
-POOL = PoolConfig(samples=12, frames=5, side=72)
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
+CPU = torch.device("cpu")
+ALONE = World(0, 1, CPU)
+SHORT = ["batch=2", "crop=32", "steps=3", "warmup=1", "log_every=1", "save_every=2", "validate_every=2"]
 
 
-@pytest.fixture(scope="module")
-def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of two clips and a still as the manifests describe them, and one file that is no video."""
-    folder = tmp_path_factory.mktemp("sources")
-    write_clip(folder / "a.mp4", Clip(size=(96, 80)))
-    write_clip(folder / "b.mp4", Clip(size=(120, 72)))
-    write_clip(folder / "c.mkv", Clip(size=(128, 96), pts=[0], codec="ffv1", pix_fmt="bgr0"))
-    (folder / "broken.mp4").write_text("no video")
-    with (folder / "manifest.csv").open("w", newline="") as file:
-        rows = csv.writer(file)
-        rows.writerow(["file", "repo", "path", "kind", "lapvar"])
-        for name, kind in (("a.mp4", "camera"), ("b.mp4", "camera"), ("c.mkv", "still"), ("broken.mp4", "camera")):
-            rows.writerow([name, "ours", f"{name}3", kind, 900])
-    return folder
+@pytest.fixture(autouse=True)
+def small_preset(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(PRESETS, "tiny", SMALL)
 
 
-@pytest.fixture(scope="module")
-def pool(sources: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("pool")
-    build_pool([sources], folder, POOL)
-    return folder
+def draws(*indices: int, step: int = 0) -> Draws:
+    return Draws.of(range(indices[0], indices[-1] + 1), seed=0, step=step, part=0, device=CPU)
 
 
-def test_kernels_sum_to_one_and_blur_keeps_constants() -> None:
-    generator = seeded()
-    for _ in range(50):
-        kernel = ops.random_kernel(0.2, 3.0, generator)
-        assert kernel.shape[0] % 2 == 1
-        assert abs(kernel.sum() - 1) < 1e-5
-    frames = torch.full((2, 3, 40, 48), 0.3)
-    assert_close(ops.blur(frames, kernel), frames)
+def records(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_gaussian_kernel_has_its_deviation() -> None:
-    kernel = ops.gaussian_kernel(1.5, 1.5, 0.0)
-    axis = torch.arange(kernel.shape[0]) - kernel.shape[0] // 2
-    assert abs((kernel.sum(0) * axis.square()).sum().sqrt() - 1.5) < 0.05
+def run_stage(stage: str, out: Path, *settings: str, **job: Any) -> None:
+    described = Job(stage, out, **job)
+    run_job(described, resolve(described, [*SHORT, *settings]))
 
 
-def test_sinc_kernel_passes_low_and_stops_high() -> None:
-    kernel = ops.sinc_kernel(math.pi / 3, 21)
-    x = torch.arange(64.0)
-    low, high = (torch.cos(omega * x).expand(1, 3, 64, 64) for omega in (0.2, 2.5))
-    inner = (..., slice(16, 48), slice(16, 48))
-    assert ops.blur(low, kernel)[inner].std() / low[inner].std() > 0.9
-    assert ops.blur(high, kernel)[inner].std() / high[inner].std() < 0.1
+# Random numbers and data
 
 
-@pytest.mark.parametrize("gray", [0.0, 1.0])
-def test_noise_is_new_in_every_frame_and_gray_if_asked(gray: float) -> None:
-    config = ops.DegradationConfig(gray_noise=gray)
-    frames = torch.full((3, 3, 64, 64), 0.5)
-    noise = ops.add_random_noise(frames, 1.0, config, seeded(1)) - frames
-    assert noise.std() > 1e-3
-    assert not torch.equal(noise[0], noise[1])
-    assert torch.equal(noise[:, 0], noise[:, 1]) == (gray == 1.0)
+def test_a_sample_is_the_same_in_any_company() -> None:
+    x = torch.zeros(4, 3, 2, 5, 5)
+    together = draws(0, 1, 2, 3)
+    apart = [draws(i) for i in range(4)]
+    for shared in (0.0, 0.8):
+        assert torch.equal(together.normal_like(x, shared), torch.cat([d.normal_like(x[:1], shared) for d in apart]))
+    assert torch.equal(together.uniform(), torch.cat([d.uniform() for d in apart]))
+    assert not torch.equal(draws(0).uniform(), draws(0, step=1).uniform())
 
 
-def test_codecs_lose_more_at_lower_quality_and_keep_the_length() -> None:
-    frames = camera_move(torch.rand(1, 3, 80, 80, generator=seeded()), 5, 48, seeded())
-    assert torch.equal(ops.h264(frames, 25), ops.h264(frames, 25))
-    for codec, fine, coarse in ((ops.jpeg, 95, 30), (ops.h264, 18, 40)):
-        errors = [(codec(frames, quality) - frames).abs().mean() for quality in (fine, coarse)]
-        assert 0 < errors[0] < errors[1]
-        assert codec(frames, fine).shape == frames.shape
+def test_noise_in_training_has_the_statistics_of_inference() -> None:
+    shape = (8, 5, 24, 24)
+    here = Draws([7], CPU).normal_like(torch.zeros(1, *shape), 0.8)[0]
+    there = flow.noise(7, shape, shared=0.8)[0]
+    for noise in (here, there):
+        assert abs(noise.std() - 1) < 0.03
+        correlation = (noise[:, 1:] * noise[:, :-1]).mean()
+        assert abs(correlation - 0.8) < 0.04
 
 
-def test_degradation_depends_on_the_generator_alone() -> None:
-    frames = torch.rand(5, 3, 64, 64, generator=seeded())
-    config = ops.DegradationConfig()
-    for seed in range(8):
-        first, again = (ops.degrade(frames, 16, 16, config, seeded(seed)) for _ in range(2))
-        assert torch.equal(first, again)
-        assert first.shape == (5, 3, 16, 16)
-        assert_close(first * 255, (first * 255).round(), rtol=0, atol=1e-4)
-
-
-def test_camera_move_moves_smoothly() -> None:
-    still = torch.nn.functional.interpolate(torch.rand(1, 3, 12, 16, generator=seeded()), (96, 128), mode="bicubic")
-    window = camera_move(still.clamp(0, 1), 9, 64, seeded(3))
-    steps = (window[1:] - window[:-1]).abs().mean((1, 2, 3))
-    assert window.shape == (9, 3, 64, 64)
-    assert 0 < steps.max() < 0.2
-
-
-def test_held_out_sources_are_chosen_by_origin(sources: Path) -> None:
-    held_out = {source.path.name: source.validation for source in find_sources([sources])}
-    assert held_out == {"a.mp4": True, "b.mp4": False, "c.mkv": False, "broken.mp4": False}
-    with pytest.raises(InputError, match=r"no manifest\.csv"):
-        find_sources([sources / "missing"])
-
-
-def test_a_pool_skips_and_counts_bad_files_and_repeats_batches(pool: Path) -> None:
-    record = json.loads((pool / "pool.json").read_text())
-    assert any("broken.mp4" in line for line in record["skipped"])
-    data = Pool([pool], seed=1)
-    hq, lq = data.batch(3, 4, 32, 5)
+@pytest.mark.parametrize("live", [False, True])
+def test_batches_repeat_and_show_the_same_place(tmp_path: Path, live: bool) -> None:
+    pool = Pool([write_pool(tmp_path, live=live)])
+    hq, lq = pool.frames(draws(0, 1, 2, 3), 32, 5)
     assert hq.shape == lq.shape == (4, 3, 5, 32, 32)
-    assert hq.min() >= -1
-    assert hq.max() <= 1
-    assert torch.equal(hq, data.batch(3, 4, 32, 5)[0])
-    assert not torch.equal(hq, data.batch(4, 4, 32, 5)[0])
-    # HQ and LQ show the same place: after smoothing they are alike.
+    assert -1 <= hq.min() < hq.max() <= 1
+    assert torch.equal(lq, pool.frames(draws(0, 1, 2, 3), 32, 5)[1])
+    assert torch.equal(hq[2:3], pool.frames(draws(2), 32, 5)[0])
+    assert not torch.equal(hq, pool.frames(draws(0, 1, 2, 3, step=1), 32, 5)[0])
     smooth = torch.nn.functional.avg_pool3d
-    assert (smooth(hq, (1, 16, 16)) - smooth(lq, (1, 16, 16))).abs().mean() < 0.15
+    assert (smooth(hq, (1, 16, 16)) - smooth(lq, (1, 16, 16))).abs().mean() < 0.1
+
+
+def test_a_pool_must_be_finished_and_large_enough(training_pool: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="not a finished training pool"):
-        Pool([pool / "missing"], seed=0)
+        Pool([tmp_path])
+    with pytest.raises(InputError, match="asks for 5 frames of 96 pixels, the pool has 9 of 72"):
+        Pool([training_pool]).require(96, 5)
 
 
-def test_a_pool_is_the_same_when_made_again(sources: Path, pool: Path, tmp_path: Path) -> None:
-    build_pool([sources], tmp_path, POOL)
-    for name in ("hq.npy", "lq.npy", "scale.npy"):
-        assert np.array_equal(np.load(tmp_path / name), np.load(pool / name))
+def test_sharpness_is_that_of_the_sources(training_pool: Path) -> None:
+    hq, _ = Pool([training_pool]).frames(draws(0), 64, 1)
+    pixels = (hq[0, :, 0] + 1) / 2 * 255
+    assert sharpness(hq).item() == pytest.approx(exact_sharpness(pixels.round().byte()), rel=0.05)
 
 
 def test_difference_losses_see_only_differences() -> None:
@@ -155,120 +109,150 @@ def test_difference_losses_see_only_differences() -> None:
     assert temporal_loss(target.flip(2), target) > 0.1
 
 
-class StraightTeacher(torch.nn.Module):
+class StraightFlow(nn.Module):
     """The exact velocity field of a single data point: straight lines from every noise to `x0`."""
 
-    def __init__(self, x0: torch.Tensor) -> None:
+    def __init__(self, x0: Tensor) -> None:
         super().__init__()
         self.x0 = x0
 
-    def forward(self, noisy: torch.Tensor, lq: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+    def forward(self, noisy: Tensor, lq: Tensor, sigma: Tensor, dropped: Tensor | None = None) -> Tensor:
         return (noisy - self.x0) / sigma.view(-1, 1, 1, 1, 1)
 
 
 @pytest.mark.parametrize("steps", [1, 4])
 def test_the_ode_of_a_straight_flow_ends_in_the_data(steps: int) -> None:
     x0, eps = torch.randn(2, 2, 4, 3, 5, 5)
-    solution = ode_solution(StraightTeacher(x0), eps, x0, steps, shift=2.0)  # type: ignore[arg-type]
-    assert_close(solution, x0, rtol=0, atol=1e-5)
+    solution = ode_solution(StraightFlow(x0), eps, x0, steps, shift=2.0, guidance=1.5)
+    torch.testing.assert_close(solution, x0, rtol=0, atol=1e-5)
 
 
-def short(stage: str, steps: int = 3, **changes: object) -> object:
-    config = CONFIGS[stage]
-    loop = replace(config.loop, steps=steps, warmup=1, log_every=1, save_every=2)
-    return replace(config, loop=loop, batch=2, crop=32, frames=5, **changes)
+# The stages
 
 
-def test_the_chain_trains_and_its_model_loads(pool: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(PRESETS, "tiny", SMALL)
-    run_stage("vae", [pool], None, tmp_path / "vae", short("vae", latent_free=1))
-    for stage, init in (("base", "vae"), ("onestep", "base"), ("refine", "onestep")):
-        changes = {"adversarial_start": 1} if stage == "refine" else {}
-        run_stage(stage, [pool], tmp_path / init, tmp_path / stage, short(stage, **changes))
-        losses = [json.loads(line) for line in (tmp_path / stage / "metrics.jsonl").read_text().splitlines()]
-        assert [record["step"] for record in losses] == [0, 1, 2]
-    run_stage("export", [], tmp_path / "refine", tmp_path / "weights" / "tiny", None)
+class Killed(Exception):
+    pass
+
+
+def test_the_chain_trains_and_its_model_loads(
+    training_pool: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool = (training_pool,)
+    held_out = {"held_out": pool}
+    run_stage("vae", tmp_path / "vae", "free_every=2", data=pool, **held_out)
+    run_stage("base", tmp_path / "base", data=pool, init=tmp_path / "vae", **held_out)
+    run_stage("cfg", tmp_path / "cfg", data=pool, init=tmp_path / "base", **held_out)
+    run_stage("progressive", tmp_path / "one", "start=4", data=pool, init=tmp_path / "cfg", **held_out)
+    run_stage("dual", tmp_path / "dual", "head_width=8", data=pool, init=tmp_path / "one", **held_out)
+    run_stage("prefs", tmp_path / "prefs", "pairs=3", "rankers=psnr,ssim", data=pool, init=tmp_path / "dual")
+    run_stage("dpo", tmp_path / "dpo", data=(tmp_path / "prefs",), init=tmp_path / "dual", **held_out)
+    run_stage("refine", tmp_path / "refine", "adversarial_start=1", data=pool, init=tmp_path / "dpo", **held_out)
+    for stage, count in (("vae", 3), ("base", 3), ("cfg", 3), ("one", 6), ("dual", 3), ("dpo", 3), ("refine", 3)):
+        steps = [record["step"] for record in records(tmp_path / stage) if "grad_norm" in record]
+        assert steps == list(range(count)), stage
+        assert any("validation_score" in record for record in records(tmp_path / stage)), stage
+        strip = Image.open(sorted((tmp_path / stage / "samples").glob("*.png"))[0])
+        assert strip.size == (3 * 32, 2 * 32) or strip.size == (3 * 32, 4 * 32), stage
+    assert {"vae", "model", "score"} <= set(load_weights(tmp_path / "one"))
+    run_job(Job("export", tmp_path / "weights" / "tiny", init=tmp_path / "refine"), None)
     monkeypatch.setattr("duovsr.weights.weights_folder", lambda: tmp_path / "weights")
     assert all(status.verified for status in check_files("tiny"))
-    model = load_model("tiny", torch.device("cpu"), torch.float32)
-    assert model.prompt.shape == (1, 4, 16)
+    assert load_model("tiny", CPU, torch.float32).prompt.shape == (1, 4, 16)
     with pytest.raises(InputError, match="it has vae"):
-        run_stage("onestep", [pool], tmp_path / "vae", tmp_path / "wrong", short("onestep"))
+        run_stage("cfg", tmp_path / "wrong", data=pool, init=tmp_path / "vae")
 
 
-def test_a_resumed_run_equals_an_uninterrupted_one(pool: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(PRESETS, "tiny", SMALL)
-    config = short("vae", steps=5, latent_free=1)
-    run_stage("vae", [pool], None, tmp_path / "whole", config)
+@pytest.mark.parametrize("stage", ["progressive", "dual"])
+def test_a_stage_resumes_in_the_middle(
+    training_pool: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    pool = (training_pool,)
+    run_stage("vae", tmp_path / "vae", "steps=1", data=pool)
+    run_stage("base", tmp_path / "base", "steps=1", data=pool, init=tmp_path / "vae")
+    settings = {"progressive": ("start=8", "dtype=float32"), "dual": ("head_width=8", "dtype=float32")}[stage]
+    run_stage(stage, tmp_path / "whole", *settings, data=pool, init=tmp_path / "base")
+    original = Run.micro_batches
+    fatal = {"progressive": 5, "dual": 2}[stage]
 
-    class Killed(Exception):
-        pass
-
-    original = Pool.batch
-
-    def dies_at_step_3(self: Pool, step: int, *rest: int) -> object:
-        if step == 3:
+    def dies(self: Run, step: int, part: int = 0) -> Any:
+        if step == fatal:
             raise Killed
-        return original(self, step, *rest)
+        return original(self, step, part)
 
-    monkeypatch.setattr(Pool, "batch", dies_at_step_3)
+    monkeypatch.setattr(Run, "micro_batches", dies)
     with pytest.raises(Killed):
-        run_stage("vae", [pool], None, tmp_path / "killed", config)
-    monkeypatch.setattr(Pool, "batch", original)
-    run_stage("vae", [pool], None, tmp_path / "killed", config)
-    whole, resumed = (torch.load(tmp_path / run / "final.pt", weights_only=True)["vae"] for run in ("whole", "killed"))
-    for name, tensor in whole.items():
-        assert torch.equal(tensor, resumed[name]), name
+        run_stage(stage, tmp_path / "killed", *settings, data=pool, init=tmp_path / "base")
+    monkeypatch.setattr(Run, "micro_batches", original)
+    run_stage(stage, tmp_path / "killed", *settings, data=pool, init=tmp_path / "base")
+    whole, resumed = (load_weights(tmp_path / run)["model"] for run in ("whole", "killed"))
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
-    module = torch.nn.Linear(1, 1)
-    optimizer = torch.optim.SGD(module.parameters(), lr=1.0)
-
-    def step(n: int) -> dict[str, torch.Tensor]:
-        loss = module(torch.ones(1)).sum() * (math.inf if n == 2 else 1)
-        return {"loss": loss.detach(), "norm": optimizer_step(loss, optimizer, 1.0)}
-
-    with pytest.raises(TrainError, match="not finite at step 2"):
-        run_loop(tmp_path, LoopConfig(steps=4), {"m": module}, {"o": optimizer}, step, {}, ema_of=("m",))
-    assert not (tmp_path / "final.pt").exists()
+def test_cached_latents_train_without_the_frames(training_pool: Path, tmp_path: Path) -> None:
+    run_stage("vae", tmp_path / "vae", "steps=1", data=(training_pool,))
+    run_stage("latents", tmp_path / "latents", "samples=6", data=(training_pool,), init=tmp_path / "vae")
+    assert np.load(tmp_path / "latents" / "latents.npy").shape == (6, 2, 16, 2, 4, 4)
+    run_stage("base", tmp_path / "base", data=(tmp_path / "latents",), init=tmp_path / "vae")
+    assert len(records(tmp_path / "base")) == 3
+    with pytest.raises(UsageError, match="trains on frames"):
+        run_stage("vae", tmp_path / "wrong", data=(tmp_path / "latents",))
 
 
-def test_settings_reach_their_places() -> None:
-    config = resolve("vae", ["loop.steps=7", "learning_rate=0.5"])
-    assert (config.loop.steps, config.learning_rate) == (7, 0.5)
-    assert resolve("pool", ["scale_weights=1,0,0", "validation=true"]).scale_weights == (1.0, 0.0, 0.0)
+def test_a_recipe_runs_to_its_end_and_passes_over_what_is_done(training_pool: Path, tmp_path: Path) -> None:
+    job = Job("recipe", tmp_path, data=(training_pool,), name="tiny")
+    short = [f"{stage}.{setting}" for stage in RECIPES["tiny"].stages for setting in SHORT[:4]]
+    extra = ["progressive.start=2", "prefs.pairs=2", "prefs.rankers=psnr", "dual.head_width=8"]
+    config = resolve(job, [*short, *extra])
+    run_job(job, config)
+    times = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/final.pt")}
+    assert {path.parent.name for path in times} == set(RECIPES["tiny"].stages) - {"prefs"}
+    run_job(job, config)
+    assert times == {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/final.pt")}
+
+
+def test_settings_reach_their_places(tmp_path: Path) -> None:
+    def settings(stage: str, *values: str) -> Any:
+        return resolve(Job(stage, tmp_path, name="paper" if stage == "recipe" else None), list(values))
+
+    config = settings("vae", "steps=7", "learning_rate=0.5", "checkpointing=true")
+    assert (config.steps, config.learning_rate, config.checkpointing) == (7, 0.5, True)
+    assert settings("dual", "sigma_range=0.1,0.9").sigma_range == (0.1, 0.9)
+    assert settings("prefs", "rankers=psnr").rankers == ("psnr",)
+    assert settings("recipe", "dual.steps=3")["dual"].steps == 3
+    assert settings("pool", "degradation.clean=0.5").degradation.clean == 0.5
     for stage, setting, words in (
-        ("vae", "steps=7", "unknown setting"),
-        ("vae", "loop.steps=many", "unsupported value"),
-        ("vae", "loop.steps", "not a setting"),
+        ("vae", "stepz=7", "unknown setting"),
+        ("vae", "steps=many", "unsupported value"),
+        ("vae", "steps", "not a setting"),
+        ("vae", "batch=0", "unsupported batch: `0`"),
+        ("vae", "frames=4", "unsupported frames: `4`"),
+        ("dual", "streams=triple", "unsupported streams: `triple`"),
+        ("progressive", "start=48", "unsupported start: `48`"),
         ("gan", "a=b", "unknown stage"),
     ):
         with pytest.raises(UsageError, match=words):
-            resolve(stage, [setting])
+            settings(stage, setting)
 
 
-def test_a_run_is_not_resumed_with_other_settings(pool: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(PRESETS, "tiny", SMALL)
-    run_stage("vae", [pool], None, tmp_path, short("vae", latent_free=1))
+def test_a_run_is_not_resumed_with_other_settings(tmp_path: Path) -> None:
+    note_settings(tmp_path, "vae", "tiny", StageConfig(), {})
+    note_settings(tmp_path, "vae", "tiny", StageConfig(threads=3), {})
     with pytest.raises(UsageError, match="other settings: learning_rate"):
-        run_stage("vae", [pool], None, tmp_path, short("vae", latent_free=1, learning_rate=9.0))
-    with pytest.raises(UsageError, match="other settings"):
-        run_stage("base", [pool], tmp_path, tmp_path, short("base"))
+        note_settings(tmp_path, "vae", "tiny", StageConfig(learning_rate=9.0), {})
+    with pytest.raises(UsageError, match="other settings: stage"):
+        note_settings(tmp_path, "base", "tiny", StageConfig(), {})
 
 
-def test_an_unfinished_pool_is_no_pool(sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    build_pool([sources], tmp_path, POOL)
-    monkeypatch.setattr("duovsr.train.data.degrade", lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        build_pool([sources], tmp_path, POOL)
-    with pytest.raises(InputError, match="not a finished training pool"):
-        Pool([tmp_path], seed=0)
-
-
-def test_sources_without_stills_say_so(tmp_path: Path, sources: Path) -> None:
-    rows = (sources / "manifest.csv").read_text().splitlines()
-    write_clip(tmp_path / "b.mp4", Clip(size=(120, 72)))
-    (tmp_path / "manifest.csv").write_text("\n".join([rows[0], rows[2]]))
-    with pytest.raises(TrainError, match="no stills"):
-        build_pool([tmp_path], tmp_path / "pool", POOL)
+def test_the_paper_recipe_has_the_papers_numbers() -> None:
+    stages = RECIPES["paper"].stages
+    assert RECIPES["paper"].preset == "1.3b"
+    assert [(stages[name].steps, stages[name].batch) for name in ("base", "cfg", "dual")] == [
+        (10_000, 64),
+        (500, 32),
+        (2000, 32),
+    ]
+    progressive, dual = stages["progressive"], stages["dual"]
+    assert isinstance(progressive, ProgressiveConfig)
+    assert (progressive.start, progressive.rounds, progressive.steps, progressive.batch) == (64, 6, 500, 32)
+    assert isinstance(dual, DualConfig)
+    assert (dual.auxiliary, dual.dmd_weight, dual.gan_weight, dual.matching_weight) == (3, 1.0, 0.1, 0.05)

@@ -29,6 +29,11 @@ def x0_from_velocity(noisy: Tensor, velocity: Tensor, sigma: Tensor) -> Tensor:
     return noisy - sigma.view(-1, 1, 1, 1, 1) * velocity
 
 
+def euler_step(noisy: Tensor, velocity: Tensor, sigma: Tensor, following: Tensor) -> Tensor:
+    """z_s = z_t - (t - s) v, from sigma (B,) to `following` (B,)."""
+    return noisy - (sigma - following).view(-1, 1, 1, 1, 1) * velocity
+
+
 def shift_sigma(sigma: Tensor, shift: float) -> Tensor:
     """Move the schedule towards noise: sigma' = s sigma / (1 + (s - 1) sigma)."""
     return shift * sigma / (1 + (shift - 1) * sigma)

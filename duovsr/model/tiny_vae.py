@@ -25,7 +25,8 @@ SPATIAL_FACTOR = 8
 
 @dataclass(frozen=True)
 class VAEState:
-    """The last input of each memory block and, after a decode with latents, of the latents' expansion: (B, C, H, W)."""
+    """What an autoencoder remembers between calls. TinyVAE: the last input of each memory block and, after a decode
+    with latents, of the latents' expansion, (B, C, H, W) each."""
 
     memories: tuple[Tensor, ...]
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from duovsr.kernels.attention import attention
 from duovsr.model.layers import RMSNorm, apply_rope, modulated_norm, rope_table, timestep_embedding
@@ -126,6 +127,7 @@ class Transformer(nn.Module):
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.config = config
+        self.checkpointing = False  # training: recompute the blocks' activations in the backward pass
         self.patch_embedding = nn.Conv3d(config.in_channels, config.dim, config.patch, stride=config.patch)
         self.text_embedding = nn.Sequential(
             nn.Linear(config.text_dim, config.dim), nn.GELU(approximate="tanh"), nn.Linear(config.dim, config.dim)
@@ -163,7 +165,10 @@ class Transformer(nn.Module):
         pasts = []
         for i, block in enumerate(self.blocks):
             past = None if state is None else (state.keys[i], state.values[i])
-            x, past = block(x, modulation, text, rope, past)
+            if self.checkpointing:
+                x, past = checkpoint(block, x, modulation, text, rope, past, use_reentrant=False)
+            else:
+                x, past = block(x, modulation, text, rope, past)
             pasts.append(past)
         velocity = self._unpatchify(self.head(x, embedded_time.float())).float()
         if config.window is None:

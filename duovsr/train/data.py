@@ -1,229 +1,171 @@
-"""Training pairs: clips and stills -> a pool of degraded windows on disk -> batches by step number.
+"""Pools of training windows -> pairs of frames or latents that belong to a sample's random numbers.
 
-Codec passes are slow, so windows are degraded once into a pool and cropped, flipped and reversed at random from
-there. A batch is a pure function of (seed, step): resume needs no loader state.
+What a sample shows is a function of its `Draws` alone: resume needs no loader state, and neither the number of
+processes nor of micro-batches changes what is seen.
 """
 
 from __future__ import annotations
 
-import csv
-import hashlib
-import json
-import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from numpy.lib.format import open_memmap
 from torch import Generator, Tensor
 from torch.nn import functional as F
-from tqdm import tqdm
 
-from duovsr.errors import InputError, TrainError, UsageError
+from duovsr.errors import InputError
 from duovsr.model.resize import resize_frames
-from duovsr.train.degradation import DegradationConfig, chance, degrade, uniform
-from duovsr.video.reader import VideoReader
+from duovsr.train.degradation import DegradationConfig
+from duovsr.train.degradation_batched import degrade_batch
+from duovsr.train.draws import Draws
 
-SCALES = (4, 3, 2)
-VALIDATION_PART = 12  # one source in so many is held out
+LATENTS, SHARPNESS = "latents.npy", "sharpness.npy"
+PAIRS = "pairs.npz"
 
 
-@dataclass(frozen=True)
-class PoolConfig:
-    """A pool of `samples` windows of `frames` x `side` x `side` HQ pixels with their LQ."""
+class Latents(NamedTuple):
+    """Of HQ and LQ (B, C, T, h, w), and the sharpness of the HQ frames (B,), see `sharpness`."""
 
-    samples: int = 3000
-    frames: int = 9
-    side: int = 192
-    seed: int = 0
-    validation: bool = False  # from the held-out sources instead of the others
-    stills: float = 0.55  # part of the samples made from stills by synthetic camera motion
-    scale_weights: tuple[float, float, float] = (0.7, 0.1, 0.2)  # of SCALES
-    degradation: DegradationConfig = DegradationConfig()
-
-    def __post_init__(self) -> None:
-        if self.side % 24:
-            raise UsageError(f"unsupported side: `{self.side}`", hint="a multiple of 24 keeps the LQ's sides even")
+    z0: Tensor
+    z_lq: Tensor
+    sharpness: Tensor
 
 
 @dataclass(frozen=True)
-class Source:
-    path: Path
-    still: bool
-    weight: float
-    validation: bool
+class _Window:
+    """Where a crop lies: pool, row, first frame, top, left, and what is done to it."""
 
-
-def find_sources(folders: list[Path]) -> list[Source]:
-    """Every clip and still named by the folders' `manifest.csv`; held-out sources are chosen by a hash of their
-    origin, so that two cuts of one recording never fall on different sides."""
-    sources = []
-    for folder in folders:
-        manifest = folder / "manifest.csv"
-        if not manifest.is_file():
-            raise InputError(f"no manifest.csv in `{folder}`", hint="see duovsr/train/data.py for its columns")
-        with manifest.open(newline="") as file:
-            for row in csv.DictReader(file):
-                # Sharper sources teach more; above 2500 the measure is sharpening and noise. Generated clips carry
-                # their generator's texture.
-                weight = math.sqrt(min(float(row["lapvar"]), 2500.0))
-                weight *= {"ai-generated": 0.3, "animation": 0.7}.get(row["kind"], 1.0)
-                digest = hashlib.sha256(f"{row['repo']}/{row['path']}".encode()).digest()
-                held_out = digest[0] % VALIDATION_PART == 0
-                sources.append(Source(folder / row["file"], row["kind"] == "still", weight, held_out))
-    return sources
-
-
-def read_frames(path: Path) -> Tensor:
-    """All frames of a clip or image as (T, 3, H, W) uint8."""
-    with VideoReader(path) as reader:
-        return torch.stack([torch.from_numpy(frame.pixels).permute(2, 0, 1) for frame in reader])
-
-
-def camera_move(still: Tensor, frames: int, side: int, generator: Generator) -> Tensor:
-    """A window that pans, zooms and turns over a still (1, 3, H, W) in [0, 1] -> (frames, 3, side, side)."""
-    H, W = still.shape[2:]
-    zoom = uniform(1.0, min(2.2, min(H, W) / (side * 1.15)), generator) if min(H, W) > side * 1.15 else 1.0
-    still = F.interpolate(still, scale_factor=1 / zoom, mode="bicubic", antialias=True).clamp(0, 1)
-    H, W = still.shape[2:]
-    span = torch.linspace(-0.5, 0.5, frames) * (frames - 1)
-    speed, heading = uniform(0, 3.0, generator) ** 2 / 3.0, uniform(-math.pi, math.pi, generator)
-    shake = torch.cumsum(torch.randn(frames, 2, generator=generator) * uniform(0, 0.4, generator), 0)
-    reach = side / 2 + speed * frames / 2 + 4
-    x = uniform(min(reach, W / 2), max(W - reach, W / 2), generator) + speed * math.cos(heading) * span + shake[:, 0]
-    y = uniform(min(reach, H / 2), max(H - reach, H / 2), generator) + speed * math.sin(heading) * span + shake[:, 1]
-    angle = uniform(-0.3, 0.3, generator) + uniform(-0.006, 0.006, generator) * span
-    scale = 1 + uniform(-0.006, 0.006, generator) * span
-    cos, sin = torch.cos(angle) * scale * side, torch.sin(angle) * scale * side
-    theta = torch.stack(
-        [
-            torch.stack([cos / W, -sin / W, 2 * x / W - 1], dim=1),
-            torch.stack([sin / H, cos / H, 2 * y / H - 1], dim=1),
-        ],
-        dim=1,
-    )
-    grid = F.affine_grid(theta, [frames, 3, side, side], align_corners=False)
-    moved = F.grid_sample(
-        still.expand(frames, -1, -1, -1), grid, mode="bicubic", padding_mode="reflection", align_corners=False
-    )
-    return moved.clamp(0, 1)
-
-
-def crop_clip(clip: Tensor, frames: int, side: int, generator: Generator) -> Tensor:
-    """A random window of a clip (T, 3, H, W) uint8 -> (frames, 3, side, side) in [0, 1]; short clips are mirrored."""
-    if clip.shape[0] < frames:
-        clip = torch.cat([clip, clip.flip(0)] * math.ceil(frames / clip.shape[0]))
-    room = (clip.shape[0] - frames, clip.shape[2] - side, clip.shape[3] - side)
-    t, y, x = (int(torch.randint(r + 1, (), generator=generator)) for r in room)
-    return clip[t : t + frames, :, y : y + side, x : x + side].float() / 255
-
-
-def build_pool(folders: list[Path], out: Path, config: PoolConfig) -> None:
-    """Write `hq.npy` (N, T, side, side, 3) uint8, `lq.npy` (N, T, side / 2, side / 2, 3) uint8 (the LQ in its top left
-    corner), `scale.npy` (N,) and `pool.json`. Unreadable sources are skipped and counted in `pool.json`."""
-    sources = [s for s in find_sources(folders) if s.validation == config.validation]
-    generator = torch.Generator().manual_seed(config.seed + config.validation)
-    is_still = torch.rand(config.samples, generator=generator) < config.stills
-    choice = torch.full((config.samples,), -1)
-    for still in (True, False):
-        weights = torch.tensor([s.weight * (s.still == still) for s in sources])
-        if not weights.any():
-            continue
-        chosen = torch.multinomial(weights, config.samples, replacement=True, generator=generator)
-        choice = torch.where(is_still == still, chosen, choice)
-    if (choice < 0).any():
-        missing = "clips" if is_still.all() or not any(not s.still for s in sources) else "stills"
-        raise TrainError(
-            f"the sources have no {missing}", hint="set the part of the stills with `--set stills=0` or `1`"
-        )
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "scale.npy").unlink(missing_ok=True)  # written last: a pool with it is finished
-    N, T, side = config.samples, config.frames, config.side
-    hq = open_memmap(out / "hq.npy", "w+", np.uint8, (N, T, side, side, 3))
-    lq = open_memmap(out / "lq.npy", "w+", np.uint8, (N, T, side // 2, side // 2, 3))
-    scales = np.zeros(N, np.int64)
-    skipped: list[str] = []
-    current, loaded = None, None
-    place = torch.randperm(N, generator=generator)  # one source is read once, its windows lie scattered
-    for index in tqdm(choice.argsort().tolist(), desc="pool", disable=None):
-        source = sources[int(choice[index])]
-        generator.manual_seed(config.seed * 1_000_003 + index * 2 + config.validation)
-        if source is not current:
-            current, loaded = source, _load(source, side, skipped)
-        if loaded is None:
-            continue
-        if source.still:
-            window = camera_move(loaded.float() / 255, T, side, generator)
-        else:
-            window = crop_clip(loaded, T, side, generator)
-        scale = SCALES[int(torch.multinomial(torch.tensor(config.scale_weights), 1, generator=generator))]
-        small = degrade(window, side // scale, side // scale, config.degradation, generator)
-        row = int(place[index])
-        hq[row] = (window * 255).round().byte().permute(0, 2, 3, 1).numpy()
-        lq[row, :, : side // scale, : side // scale] = (small * 255).round().byte().permute(0, 2, 3, 1).numpy()
-        scales[row] = scale
-    if not scales.any():
-        raise TrainError("no usable training source", hint="check the folders given with `--data`")
-    np.save(out / "scale.npy", scales)
-    record = {"config": asdict(config), "sources": len(sources), "skipped": skipped}
-    (out / "pool.json").write_text(json.dumps(record, indent=1))
-
-
-def _load(source: Source, side: int, skipped: list[str]) -> Tensor | None:
-    try:
-        frames = read_frames(source.path)
-    except InputError as error:
-        skipped.append(str(error))
-        return None
-    if min(frames.shape[2:]) < side:
-        skipped.append(f"smaller than {side} pixels: `{source.path.name}`")
-        return None
-    return frames
+    pool: int
+    row: int
+    t: int
+    y: int
+    x: int
+    flips: tuple[int, ...] = ()
+    transpose: bool = False
 
 
 class Pool:
-    """Random crops of one or more pools of equal window size. `batch(step)` depends on (seed, step) alone."""
+    """Random crops of one or more pools of equal window size (see `pool.build_pool` for their files).
 
-    def __init__(self, folders: list[Path], seed: int) -> None:
+    In a pool without `lq.npy` the LQ is made on the training device, new for every batch; codec passes, which cannot
+    run there, come from the other pools.
+    """
+
+    def __init__(self, folders: list[Path], degradation: DegradationConfig | None = None) -> None:
         for folder in folders:
             if not (folder / "scale.npy").is_file():
                 raise InputError(f"not a finished training pool: `{folder}`", hint="make it with `duovsr train pool`")
+        self.degradation = degradation or DegradationConfig()
         self.hq = [np.load(folder / "hq.npy", mmap_mode="r") for folder in folders]
-        self.lq = [np.load(folder / "lq.npy", mmap_mode="r") for folder in folders]
+        self.lq = [
+            np.load(folder / "lq.npy", mmap_mode="r") if (folder / "lq.npy").is_file() else None for folder in folders
+        ]
         self.scale = [np.load(folder / "scale.npy") for folder in folders]
         self.usable = [(i, int(row)) for i, scale in enumerate(self.scale) for row in np.flatnonzero(scale)]
-        self.seed = seed
+        self.length, self.side = self.hq[0].shape[1:3]
 
-    def batch(self, step: int, size: int, crop: int, frames: int, *, augment: bool = True) -> tuple[Tensor, Tensor]:
-        """HQ and upsampled LQ (size, 3, frames, crop, crop) in [-1, 1]. Without `augment`: centre crops in order."""
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
-        n = len(self.usable)
-        rows = torch.randint(n, (size,), generator=generator) if augment else (torch.arange(size) + step * size) % n
-        pairs = [self._pair(*self.usable[int(row)], crop, frames, generator, augment) for row in rows]
-        hq, lq = (torch.stack(side) for side in zip(*pairs, strict=True))
-        return hq, lq
+    def require(self, crop: int, frames: int) -> None:
+        """Raises InputError where the windows are smaller than what a stage asks for."""
+        if crop > self.side or frames > self.length:
+            raise InputError(
+                f"the stage asks for {frames} frames of {crop} pixels, the pool has {self.length} of {self.side}",
+                hint="set `crop` and `frames`, or make a pool with other `side` and `frames`",
+            )
 
-    def _pair(
-        self, pool: int, row: int, crop: int, frames: int, generator: Generator, augment: bool
-    ) -> tuple[Tensor, Tensor]:
-        length, side = self.hq[pool].shape[1:3]
-        small = side // int(self.scale[pool][row])
-        t, y, x = 0, (side - crop) // 2, (side - crop) // 2
-        if augment:
-            room = (length - frames, side - crop, side - crop)
-            t, y, x = (int(torch.randint(r + 1, (), generator=generator)) for r in room)
-        hq = _to_float(self.hq[pool][row, t : t + frames, y : y + crop, x : x + crop])
-        lq = _to_float(self.lq[pool][row, t : t + frames, :small, :small])
-        lq = resize_frames(lq[None], side, side)[0, :, :, y : y + crop, x : x + crop]
-        pair = torch.stack([hq, lq])
-        if augment:
-            axes = [axis for axis in (2, 3, 4) if chance(0.5, generator)]  # time, height, width
-            pair = pair.flip(axes) if axes else pair
-            pair = pair.transpose(3, 4) if chance(0.5, generator) else pair
-        return pair[0], pair[1]
+    def frames(self, draws: Draws, crop: int, frames: int) -> tuple[Tensor, Tensor]:
+        """HQ and upsampled LQ (B, 3, frames, crop, crop) in [-1, 1], cropped, flipped and turned at random."""
+        return self._load([self._draw(g, crop, frames) for g in draws.generators], draws, crop, frames)
+
+    def fixed(self, rows: range, crop: int, frames: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """The centre crops of the usable windows `rows`, always the same."""
+        start = (self.side - crop) // 2
+        windows = [_Window(*self.usable[row % len(self.usable)], 0, start, start) for row in rows]
+        draws = Draws.of(rows, seed=0, step=0, part=0, device=device)
+        return self._load(windows, draws, crop, frames)
+
+    def _draw(self, generator: Generator, crop: int, frames: int) -> _Window:
+        def below(n: int) -> int:
+            return int(torch.randint(n, (), generator=generator))
+
+        pool, row = self.usable[below(len(self.usable))]
+        t, y, x = below(self.length - frames + 1), below(self.side - crop + 1), below(self.side - crop + 1)
+        flips = tuple(axis for axis in (1, 2, 3) if below(2))  # time, height, width of (3, T, H, W)
+        return _Window(pool, row, t, y, x, flips, bool(below(2)))
+
+    def _load(self, windows: list[_Window], draws: Draws, crop: int, frames: int) -> tuple[Tensor, Tensor]:
+        whole = [_to_float(self.hq[w.pool][w.row, w.t : w.t + frames], draws.device) for w in windows]
+        pairs = []
+        for window, hq, lq in zip(windows, whole, self._lq(windows, whole, draws), strict=True):
+            lq = resize_frames(lq[None], self.side, self.side)[0]
+            pair = torch.stack([hq, lq])[..., window.y : window.y + crop, window.x : window.x + crop]
+            pair = pair.flip([axis + 1 for axis in window.flips]) if window.flips else pair
+            pairs.append(pair.transpose(3, 4) if window.transpose else pair)
+        hq_batch, lq_batch = torch.stack(pairs, dim=1)
+        return hq_batch, lq_batch
+
+    def _lq(self, windows: list[_Window], whole: list[Tensor], draws: Draws) -> list[Tensor]:
+        """LQ of whole HQ windows (3, T, side, side): (3, T, h, w) each, in [-1, 1]."""
+        lq: dict[int, Tensor] = {}
+        live: dict[int, list[int]] = {}  # by the LQ's side: those are degraded as one batch
+        for i, window in enumerate(windows):
+            small = round(self.side / float(self.scale[window.pool][window.row]))
+            stored = self.lq[window.pool]
+            if stored is None:
+                live.setdefault(small, []).append(i)
+            else:
+                T = whole[i].shape[1]
+                lq[i] = _to_float(stored[window.row, window.t : window.t + T, :small, :small], draws.device)
+        for small, members in live.items():
+            hq = torch.stack([(whole[i].transpose(0, 1) + 1) / 2 for i in members])
+            generators = [draws.generators[i] for i in members]
+            degraded = degrade_batch(hq, small, small, self.degradation, generators)
+            lq |= {i: one.transpose(0, 1) * 2 - 1 for i, one in zip(members, degraded, strict=True)}
+        return [lq[i] for i in range(len(windows))]
 
 
-def _to_float(frames: np.ndarray) -> Tensor:
+class LatentPool:
+    """Latents that `cache.cache_latents` wrote once: for an autoencoder that costs more than the stage itself."""
+
+    def __init__(self, folder: Path) -> None:
+        if not (folder / SHARPNESS).is_file():  # written last
+            raise InputError(f"no finished latents in `{folder}`", hint="make them with `duovsr train latents`")
+        self.pairs = np.load(folder / LATENTS, mmap_mode="r")
+        self.sharpness = np.load(folder / SHARPNESS)
+
+    def latents(self, draws: Draws) -> Latents:
+        rows = [int(torch.randint(len(self.pairs), (), generator=g)) for g in draws.generators]
+        pairs = torch.from_numpy(self.pairs[rows]).to(draws.device).float()
+        sharp = torch.from_numpy(self.sharpness[rows]).to(draws.device)
+        return Latents(pairs[:, 0], pairs[:, 1], sharp)
+
+
+class PairPool:
+    """Pairs that `build_pairs` wrote."""
+
+    def __init__(self, folder: Path) -> None:
+        path = folder / PAIRS
+        if not path.is_file():
+            raise InputError(f"no preference pairs in `{folder}`", hint="make them with `duovsr train prefs`")
+        with np.load(path) as arrays:
+            self.arrays = [torch.from_numpy(arrays[name]) for name in ("z_lq", "chosen", "rejected")]
+
+    def batch(self, draws: Draws) -> tuple[Tensor, Tensor, Tensor]:
+        """LQ, chosen and rejected latents (B, C, T, h, w), float32."""
+        rows = [int(torch.randint(len(self.arrays[0]), (), generator=g)) for g in draws.generators]
+        z_lq, chosen, rejected = (array[rows].float().to(draws.device) for array in self.arrays)
+        return z_lq, chosen, rejected
+
+
+def sharpness(frames: Tensor) -> Tensor:
+    """Variance of the Laplacian of the first frame's grey levels: (B, 3, T, H, W) in [-1, 1] -> (B,), of 0..255."""
+    weights = torch.tensor([0.299, 0.587, 0.114], device=frames.device).view(1, 3, 1, 1)
+    grey = ((frames[:, :, 0] + 1) * 127.5 * weights).sum(1, keepdim=True)
+    kernel = torch.tensor([[0.0, 1, 0], [1, -4, 1], [0, 1, 0]], device=frames.device)
+    return F.conv2d(F.pad(grey, (1, 1, 1, 1), mode="reflect"), kernel[None, None]).var((1, 2, 3))
+
+
+def _to_float(frames: np.ndarray, device: torch.device) -> Tensor:
     """(T, H, W, 3) uint8 -> (3, T, H, W) in [-1, 1]."""
-    return torch.from_numpy(frames.copy()).permute(3, 0, 1, 2).float() / 127.5 - 1
+    return torch.from_numpy(frames.copy()).to(device).permute(3, 0, 1, 2).float() / 127.5 - 1

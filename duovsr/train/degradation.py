@@ -1,36 +1,294 @@
-"""From HQ to LQ: RealBasicVSR's chain of operators (paper section 4.1), one draw of parameters a clip.
+"""From HQ to LQ: RealBasicVSR's random chain of two orders (the paper's choice, section 4.1).
 
-blur -> resize -> noise -> JPEG -> video codec, each with a probability; JPEG (Pillow) and H.264 (PyAV) are the real
-codecs. Frames are (T, 3, H, W) float32 in [0, 1]; every function draws from the given generator alone.
+    unsharp -> blur -> resize -> noise -> JPEG -> codec
+            -> blur -> resize -> noise -> JPEG -> {codec, resize to the LQ's size -> sinc} in either order -> 8 bits
+
+`draw_recipe` decides, from a generator alone, what happens to a clip; `degrade` does it on the CPU with real codecs,
+`degradation_batched` to many clips on any device. Defaults are those of RealBasicVSR's training configuration
+(realbasicvsr_wogan_c64b20_2x30x8_lr1e-4_300k_reds.py) where not marked as ours.
 """
 
 from __future__ import annotations
 
-import io
 import math
 from dataclasses import dataclass
 
-import av
-import numpy as np
 import torch
-from PIL import Image
 from torch import Generator, Tensor
-from torch.nn import functional as F
+
+from duovsr.errors import UsageError
+from duovsr.train.degradation_ops import (
+    Blur,
+    Codec,
+    Jpeg,
+    Kernel,
+    Noise,
+    Operator,
+    Quantise,
+    Recipe,
+    Resize,
+    Unsharp,
+    apply,
+)
+
+FAMILIES = ("iso", "aniso", "generalised_iso", "generalised_aniso", "plateau_iso", "plateau_aniso", "sinc")
+MODES = ("bilinear", "area", "bicubic")
+CODECS = ("libx264", "h264", "mpeg4")
+THIRDS = (1.0, 1.0, 1.0)
+PAPER_SIDE = 64  # of RealBasicVSR's LQ, which its bit rates belong to
+
+
+@dataclass(frozen=True)
+class Ranges:
+    """How strong one pass through the operators is."""
+
+    blur_sigma: tuple[float, float]
+    noise_sigma: tuple[float, float]  # of 255
+    poisson_scale: tuple[float, float]
+    jpeg_quality: tuple[int, int] = (30, 95)
+    bitrate: tuple[int, int] = (10_000, 100_000)  # bits a frame of a clip whose LQ has 64x64 pixels
+    crf: tuple[int, int] = (18, 34)  # ours
+    mpeg4_quantiser: tuple[int, int] = (2, 16)  # ours: in place of a CRF, 2 to 31
+
+
+@dataclass(frozen=True)
+class ResizeRanges:
+    """Weights of up, down and keep, and the bounds of the scale; up draws from [1, high], down from [low, 1]."""
+
+    directions: tuple[float, float, float]
+    scale: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Steps:
+    """Bounds of the random walk that parameters do from frame to frame, within their ranges."""
+
+    sigma: float = 0.02
+    angle: float = 0.31416
+    beta_gaussian: float = 0.05
+    beta_plateau: float = 0.1
+    omega: float = 0.0628
+    noise_sigma: float = 0.1
+    poisson_scale: float = 0.005
 
 
 @dataclass(frozen=True)
 class DegradationConfig:
-    """Probabilities and ranges. RealBasicVSR's where not marked; `clean` and `mild` are ours: a model that has never
-    seen clean input damages it."""
+    """Every probability and range. Clips are `clean`, `mild` or go through the full chain.
 
-    clean: float = 0.3  # ours: blur or none, resize, nothing else
-    mild: float = 0.3  # ours: as the full chain, with a third of its noise and high qualities
-    blur_sigma: tuple[float, float] = (0.2, 3.0)
-    noise_sigma: tuple[float, float] = (1.0, 25.0)  # of 255
-    poisson_scale: tuple[float, float] = (0.05, 2.5)
+    `clean` and `mild` are ours, because a model that has never seen clean input damages it. Clean: a blur matched to
+    the scale or none, a resize, nothing else. Mild: one order, weak noise, high qualities, no unsharp mask.
+    """
+
+    clean: float = 0.3  # ours
+    mild: float = 0.3  # ours
+    clean_blur: float = 0.7  # ours
+    antialias: float = 0.7  # ours, of clean and mild: OpenCV, RealBasicVSR's resize, does not; most other tools do
+    # RealBasicVSR sharpens the chain's input, and its target in pixels too. Our target stays as it is, which with a
+    # sharpened input would teach softening (ours).
+    unsharp: bool = False
+    first: Ranges = Ranges((0.2, 3.0), (1.0, 30.0), (0.05, 3.0))
+    second: Ranges = Ranges((0.2, 1.5), (1.0, 25.0), (0.05, 2.5))
+    mild_ranges: Ranges = Ranges(  # ours
+        (0.2, 1.8), (0.3, 8.0), (0.02, 0.8), jpeg_quality=(74, 95), bitrate=(50_000, 100_000), crf=(18, 29),
+        mpeg4_quantiser=(2, 6),
+    )  # fmt: skip
+    mild_jpeg: float = 0.7  # ours
+    mild_codec: float = 0.7  # ours
+    second_order: float = 1.0  # ours: the share of full-chain clips that have the second order
+    first_resize: ResizeRanges = ResizeRanges((0.2, 0.7, 0.1), (0.15, 1.5))
+    second_resize: ResizeRanges = ResizeRanges((0.3, 0.4, 0.3), (0.3, 1.2))
+    second_blur: float = 0.8
+    final_sinc: float = 0.8
+    kernel_size: tuple[int, int] = (7, 21)  # odd
+    kernel_families: tuple[float, ...] = (0.405, 0.225, 0.108, 0.027, 0.108, 0.027, 0.1)  # weights of FAMILIES
+    beta_gaussian: tuple[float, float] = (0.5, 4.0)
+    beta_plateau: tuple[float, float] = (1.0, 2.0)
+    sinc_omega: tuple[float, float] = (math.pi / 3, math.pi)
+    large_sinc_omega: tuple[float, float] = (math.pi / 5, math.pi)  # of kernels from 13 on, but for the final one
+    poisson: float = 0.5
     gray_noise: float = 0.4
-    jpeg_quality: tuple[int, int] = (30, 95)
-    codec_crf: tuple[int, int] = (18, 34)  # ours: CRF, because RealBasicVSR's bit rates suit 64x64 clips only
+    codecs: tuple[float, ...] = THIRDS  # weights of CODECS
+    # Ours, or "bitrate", RealBasicVSR's, whose rates hardly bind clips this short: mpeg4 writes the same 9 frames of
+    # 64x48 at 2 as at 200 kbit a frame. A pass leaves a median of 37 dB with them, 31 dB with CRF (80 passes).
+    codec_control: str = "crf"
+    codec_surrogate: bool = False  # ours, read by `degrade_batch` alone
+    # Off, only JPEG's quality walks, as in DOVE. RealBasicVSR also walks the resize; one size a clip is kept here.
+    steps: bool = False
+    step: Steps = Steps()
+    jpeg_step: float = 3.0
+
+    def __post_init__(self) -> None:
+        if self.codec_control not in ("bitrate", "crf"):
+            raise UsageError(f"unsupported codec_control: `{self.codec_control}`", hint="use `bitrate` or `crf`")
+        if self.codec_surrogate and self.codec_control == "bitrate":
+            raise UsageError("codec_surrogate cannot hold a bit rate", hint="set codec_control to `crf`")
+
+
+def degrade(frames: Tensor, height: int, width: int, config: DegradationConfig, generator: Generator) -> Tensor:
+    """HQ (T, 3, H, W) in [0, 1] -> LQ (T, 3, height, width), quantised to 8 bits, on the CPU.
+
+    Raises TrainError where PyAV lacks a codec.
+    """
+    T, C, H, W = frames.shape
+    for operator in draw_recipe(config, T, H, W, height, width, generator):
+        frames = apply(operator, frames)
+    return frames
+
+
+def draw_recipe(
+    config: DegradationConfig,
+    frames_count: int,
+    height_in: int,
+    width_in: int,
+    height_out: int,
+    width_out: int,
+    generator: Generator,
+) -> Recipe:
+    """The operators, in order, that take one HQ clip to its LQ."""
+    draw = _Draw(config, frames_count, height_out, width_out, generator)
+    kind = uniform(0, 1, generator)
+    if kind < config.clean:
+        return (*_clean(draw, width_in), Quantise())
+    if kind < config.clean + config.mild:
+        return (*_mild(draw), Quantise())
+    return (*_chain(draw, height_in, width_in), Quantise())
+
+
+def _clean(draw: _Draw, width_in: int) -> list[Operator]:
+    operators: list[Operator] = []
+    if draw.chance(draw.config.clean_blur):
+        # What a camera or a studio downscale leaves: a blur matched to the scale, then decimation.
+        sigma = uniform(0.3, 0.5, draw.generator) * width_in / draw.width_out
+        size = min(2 * math.ceil(3 * sigma) + 1, draw.config.kernel_size[1])
+        operators.append(Blur((Kernel("iso", size, sigma, sigma),) * draw.count))
+    return [*operators, draw.final_resize(draw.config.antialias)]
+
+
+def _mild(draw: _Draw) -> list[Operator]:
+    ranges = draw.config.mild_ranges
+    operators: list[Operator] = [draw.blur(ranges), draw.final_resize(draw.config.antialias), draw.noise(ranges)]
+    if draw.chance(draw.config.mild_jpeg):
+        operators.append(draw.jpeg(ranges))
+    if draw.chance(draw.config.mild_codec):
+        operators.append(draw.codec(ranges))
+    return operators
+
+
+def _chain(draw: _Draw, height: int, width: int) -> list[Operator]:
+    config, first, second = draw.config, draw.config.first, draw.config.second
+    operators: list[Operator] = [Unsharp()] if config.unsharp else []
+    resize = draw.resize(height, width, config.first_resize)
+    operators += [draw.blur(first), resize, draw.noise(first), draw.jpeg(first), draw.codec(first)]
+    final: list[Operator] = [draw.final_resize(antialias=0.0)]
+    if draw.chance(config.final_sinc):
+        final.append(draw.final_blur())
+    if not draw.chance(config.second_order):
+        return operators + final
+    if draw.chance(config.second_blur):
+        operators.append(draw.blur(second))
+    operators.append(draw.resize(resize.height, resize.width, config.second_resize))
+    operators += [draw.noise(second), draw.jpeg(second)]
+    codec: list[Operator] = [draw.codec(second)]
+    return operators + (codec + final if draw.chance(0.5) else final + codec)
+
+
+@dataclass(frozen=True)
+class _Draw:
+    """Draws operators for one clip."""
+
+    config: DegradationConfig
+    count: int
+    height_out: int
+    width_out: int
+    generator: Generator
+
+    def chance(self, probability: float) -> bool:
+        return chance(probability, self.generator)
+
+    def choose(self, options: tuple[str, ...], weights: tuple[float, ...]) -> str:
+        return options[int(torch.multinomial(torch.tensor(weights), 1, generator=self.generator))]
+
+    def integer(self, bounds: tuple[int, int]) -> int:
+        return int(torch.randint(bounds[0], bounds[1] + 1, (), generator=self.generator))
+
+    def walk(self, bounds: tuple[float, float], step: float) -> list[float]:
+        """A value for each frame: uniform within the bounds, then steps of [-step, step] if `config.steps`."""
+        values = [uniform(*bounds, self.generator)]
+        for _ in range(self.count - 1):
+            move = uniform(-step, step, self.generator) if self.config.steps else 0.0
+            values.append(min(max(values[-1] + move, bounds[0]), bounds[1]))
+        return values
+
+    def blur(self, ranges: Ranges) -> Blur:
+        config, step = self.config, self.config.step
+        family = self.choose(FAMILIES, config.kernel_families)
+        size = self._kernel_size()
+        if family == "sinc":
+            return self._sinc(size, config.sinc_omega if size < 13 else config.large_sinc_omega)
+        x = self.walk(ranges.blur_sigma, step.sigma)
+        y, angles, betas = x, [0.0] * self.count, [1.0] * self.count
+        if family.endswith("aniso"):
+            y = self.walk(ranges.blur_sigma, step.sigma)
+            angles = self.walk((-math.pi, math.pi), step.angle)
+        if family.startswith("generalised"):
+            betas = self._betas(config.beta_gaussian, step.beta_gaussian)
+        elif family.startswith("plateau"):
+            betas = self._betas(config.beta_plateau, step.beta_plateau)
+        return Blur(tuple(Kernel(family, size, *values) for values in zip(x, y, angles, betas, strict=True)))
+
+    def _betas(self, bounds: tuple[float, float], step: float) -> list[float]:
+        # RealBasicVSR hands the walked value b to a sampler of ranges as [b, b], which draws between b and 1, anew in
+        # every frame.
+        return [uniform(1.0, value, self.generator) for value in self.walk(bounds, step)]
+
+    def final_blur(self) -> Blur:
+        return self._sinc(self._kernel_size(), self.config.sinc_omega)
+
+    def _sinc(self, size: int, omega: tuple[float, float]) -> Blur:
+        omegas = self.walk(omega, self.config.step.omega)
+        return Blur(tuple(Kernel("sinc", size, omega=value) for value in omegas))
+
+    def _kernel_size(self) -> int:
+        low, high = self.config.kernel_size
+        return 2 * self.integer((low // 2, high // 2)) + 1
+
+    def resize(self, height: int, width: int, ranges: ResizeRanges) -> Resize:
+        direction = self.choose(("up", "down", "keep"), ranges.directions)
+        bounds = {"up": (1.0, ranges.scale[1]), "down": (ranges.scale[0], 1.0), "keep": (1.0, 1.0)}[direction]
+        scale = uniform(*bounds, self.generator)
+        height, width = (max(2, 2 * int(side * scale / 2)) for side in (height, width))  # even, for the codecs
+        return Resize(height, width, self.choose(MODES, THIRDS), antialias=False)
+
+    def final_resize(self, antialias: float) -> Resize:
+        mode = self.choose(MODES, THIRDS)
+        return Resize(self.height_out, self.width_out, mode, mode != "area" and self.chance(antialias))
+
+    def noise(self, ranges: Ranges) -> Noise:
+        config = self.config
+        if self.chance(config.poisson):
+            kind, strengths = "poisson", self.walk(ranges.poisson_scale, config.step.poisson_scale)
+        else:
+            kind, strengths = "gaussian", self.walk(ranges.noise_sigma, config.step.noise_sigma)
+        return Noise(kind, tuple(strengths), self.chance(config.gray_noise), self.integer((0, 2**62)))
+
+    def jpeg(self, ranges: Ranges) -> Jpeg:
+        low, high = ranges.jpeg_quality
+        qualities = [round(uniform(low, high, self.generator))]
+        for _ in range(self.count - 1):
+            move = uniform(-self.config.jpeg_step, self.config.jpeg_step, self.generator)
+            qualities.append(round(min(max(qualities[-1] + move, low), high)))
+        return Jpeg(tuple(qualities))
+
+    def codec(self, ranges: Ranges) -> Codec:
+        name = self.choose(CODECS, self.config.codecs)
+        if self.config.codec_control == "bitrate":
+            # Ours: per pixel of the LQ as in RealBasicVSR, whose LQ always has 64x64. x264 counts in thousands.
+            scale = self.height_out * self.width_out / PAPER_SIDE**2
+            return Codec(name, "bitrate", max(1000, round(self.integer(ranges.bitrate) * scale)))
+        if name == "mpeg4":
+            return Codec(name, "qscale", self.integer(ranges.mpeg4_quantiser))
+        return Codec(name, "crf", self.integer(ranges.crf))
 
 
 def uniform(low: float, high: float, generator: Generator) -> float:
@@ -38,143 +296,4 @@ def uniform(low: float, high: float, generator: Generator) -> float:
 
 
 def chance(probability: float, generator: Generator) -> bool:
-    return torch.rand((), generator=generator).item() < probability
-
-
-def degrade(frames: Tensor, height: int, width: int, config: DegradationConfig, generator: Generator) -> Tensor:
-    """HQ (T, 3, H, W) in [0, 1] -> LQ (T, 3, height, width), quantised to 8 bits."""
-    kind = torch.rand((), generator=generator).item()
-    if kind < config.clean:
-        if chance(0.7, generator):
-            # What a camera or a studio downscale leaves: a blur matched to the scale, then decimation.
-            sigma = uniform(0.3, 0.5, generator) * frames.shape[-1] / width
-            frames = blur(frames, gaussian_kernel(sigma, sigma, 0.0))
-        return _quantise(_resize_any(frames, height, width, generator))
-    mild = kind < config.clean + config.mild
-    weight = 0.33 if mild else 1.0
-    frames = blur(frames, random_kernel(config.blur_sigma[0], config.blur_sigma[1] * max(weight, 0.6), generator))
-    if not mild and chance(0.3, generator):  # through an intermediate size, as the second order of RealBasicVSR
-        factor = uniform(0.5, 1.2, generator)
-        middle = [max(height, round(side * factor / 2) * 2) for side in frames.shape[2:]]
-        frames = _resize_any(frames, middle[0], middle[1], generator)
-        frames = add_random_noise(frames, 0.4, config, generator)
-    frames = _resize_any(frames, height, width, generator)
-    frames = add_random_noise(frames, weight, config, generator)
-    low, high = config.jpeg_quality
-    if chance(0.7, generator):
-        frames = jpeg(frames, round(uniform(low + (high - low) * (1 - weight), high, generator)))
-    if chance(0.7, generator):
-        low, high = config.codec_crf
-        frames = h264(_quantise(frames), round(uniform(low, high - 8 * (1 - weight), generator)))
-    return _quantise(frames)
-
-
-def _quantise(frames: Tensor) -> Tensor:
-    return (frames.clamp(0, 1) * 255).round() / 255
-
-
-def blur(frames: Tensor, kernel: Tensor) -> Tensor:
-    """Correlate every channel with an odd square kernel, reflecting at the border."""
-    pad = kernel.shape[-1] // 2
-    padded = F.pad(frames, (pad, pad, pad, pad), mode="reflect")
-    return F.conv2d(padded.flatten(0, 1)[:, None], kernel[None, None]).view_as(frames)
-
-
-def _grid(size: int) -> tuple[Tensor, Tensor]:
-    axis = torch.arange(size, dtype=torch.float32) - size // 2
-    return axis[:, None].expand(size, size), axis.expand(size, size)
-
-
-def gaussian_kernel(sigma_x: float, sigma_y: float, angle: float, beta: float = 1.0, plateau: bool = False) -> Tensor:
-    """exp(-0.5 r^beta), or 1 / (r^beta + 1) for `plateau`, with r the squared Mahalanobis distance; sums to 1."""
-    size = min(21, 2 * math.ceil(3 * max(sigma_x, sigma_y)) + 1)
-    y, x = _grid(size)
-    u = (math.cos(angle) * x + math.sin(angle) * y) / sigma_x
-    v = (-math.sin(angle) * x + math.cos(angle) * y) / sigma_y
-    distance = (u.square() + v.square()).pow(beta)
-    kernel = 1 / (distance + 1) if plateau else torch.exp(-0.5 * distance)
-    return kernel / kernel.sum()
-
-
-def sinc_kernel(omega: float, size: int) -> Tensor:
-    """Circular low-pass omega J1(omega r) / (2 pi r): ringing, as sharpeners and codecs leave it; sums to 1."""
-    y, x = _grid(size)
-    r = torch.sqrt(x.square() + y.square())
-    kernel = omega * torch.special.bessel_j1(omega * r) / (2 * math.pi * r)
-    kernel[size // 2, size // 2] = omega**2 / (4 * math.pi)
-    return kernel / kernel.sum()
-
-
-def random_kernel(low: float, high: float, generator: Generator) -> Tensor:
-    """One of RealBasicVSR's seven kernel families with its probabilities."""
-    family = torch.rand((), generator=generator).item()
-    if family < 0.1:
-        size = 2 * int(uniform(3, 11, generator)) + 1
-        return sinc_kernel(uniform(math.pi / 3, math.pi, generator), size)
-    sigma_x = uniform(low, high, generator)
-    isotropic = family < 0.1 + 0.405 + 0.108 + 0.108
-    sigma_y = sigma_x if isotropic else uniform(low, high, generator)
-    angle = 0.0 if isotropic else uniform(-math.pi, math.pi, generator)
-    shape = torch.rand((), generator=generator).item()
-    if shape < 0.7:
-        return gaussian_kernel(sigma_x, sigma_y, angle)
-    if shape < 0.85:
-        return gaussian_kernel(sigma_x, sigma_y, angle, beta=uniform(0.5, 4, generator))
-    return gaussian_kernel(sigma_x, sigma_y, angle, beta=uniform(1, 2, generator), plateau=True)
-
-
-def _resize_any(frames: Tensor, height: int, width: int, generator: Generator) -> Tensor:
-    """Area, bilinear or bicubic, a third each."""
-    mode = ("area", "bilinear", "bicubic")[int(torch.randint(3, (), generator=generator))]
-    if mode == "area":
-        return F.interpolate(frames, (height, width), mode="area")
-    antialias = chance(0.7, generator)  # OpenCV, used by RealBasicVSR, does not antialias; most other tools do
-    return F.interpolate(frames, (height, width), mode=mode, align_corners=False, antialias=antialias)
-
-
-def add_random_noise(frames: Tensor, weight: float, config: DegradationConfig, generator: Generator) -> Tensor:
-    """Gaussian or Poisson noise, in colour or in gray, new in every frame; `weight` scales its strength."""
-    gray = chance(config.gray_noise, generator)
-    shape = (frames.shape[0], 1 if gray else 3, *frames.shape[2:])
-    if chance(0.5, generator):
-        sigma = weight * uniform(*config.noise_sigma, generator) / 255
-        return frames + sigma * torch.randn(shape, generator=generator)
-    scale = weight * uniform(*config.poisson_scale, generator)
-    source = frames.mean(1, keepdim=True) if gray else frames
-    source = source.clamp(0, 1)
-    return frames + scale * (torch.poisson(source * 255, generator=generator) / 255 - source)
-
-
-def jpeg(frames: Tensor, quality: int) -> Tensor:
-    return torch.stack([_jpeg_image(frame, quality) for frame in frames])
-
-
-def _jpeg_image(frame: Tensor, quality: int) -> Tensor:
-    buffer = io.BytesIO()
-    Image.fromarray(_to_uint8(frame)).save(buffer, "jpeg", quality=quality)
-    return _from_uint8(np.array(Image.open(buffer)))
-
-
-def h264(frames: Tensor, crf: int) -> Tensor:
-    """Encode and decode with libx264 as one mp4; sides must be even."""
-    # Without macroblock-tree rate control: with it, x264's output differs from run to run on short small clips.
-    options = {"crf": str(crf), "threads": "1", "x264-params": "mbtree=0"}
-    buffer = io.BytesIO()
-    with av.open(buffer, "w", format="mp4") as container:
-        stream = container.add_stream("libx264", rate=25, options=options)
-        stream.height, stream.width, stream.pix_fmt = frames.shape[2], frames.shape[3], "yuv420p"
-        for frame in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(_to_uint8(frame), format="rgb24")))
-        container.mux(stream.encode())
-    buffer.seek(0)
-    with av.open(buffer, "r") as encoded:
-        decoded = [frame.to_ndarray(format="rgb24") for frame in encoded.decode(video=0)]
-    return torch.stack([_from_uint8(frame) for frame in decoded])
-
-
-def _to_uint8(frame: Tensor) -> np.ndarray:
-    return (frame.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).contiguous().numpy()
-
-
-def _from_uint8(frame: np.ndarray) -> Tensor:
-    return torch.from_numpy(frame).permute(2, 0, 1).float() / 255
+    return uniform(0, 1, generator) < probability

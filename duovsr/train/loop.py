@@ -1,189 +1,305 @@
-"""The one training loop: seeded steps, cosine decay, EMA, JSONL metrics, atomic checkpoints, exact resume.
+"""The one training loop: updates of micro-batches, schedules, EMA, metrics, validation, exact resume.
 
-A stage hands over its modules, optimisers and a function that performs step `n`. Before every step the random state
-is set from (seed, step), and batches are a function of the step, so that a resumed run repeats an uninterrupted one.
+Every random number is a function of (seed, step, part, sample), see `draws`: a resumed run repeats an uninterrupted
+one, and a job of many processes one of a single process. Progress is counted in steps; nothing else is position.
 """
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import platform
-import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, is_dataclass
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from tqdm import tqdm
 
-from duovsr.errors import TrainError, UsageError
-from duovsr.train.runs import FINAL
+from duovsr.errors import TrainError
+from duovsr.train.checkpoint import Checkpoints
+from duovsr.train.distributed import World, any_rank, full, local, mean_over_ranks
+from duovsr.train.draws import Draws
+from duovsr.train.journal import Journal
+from duovsr.train.options import StageConfig
+from duovsr.train.runs import BEST, FINAL, save_atomically
 
-StepFunction = Callable[[int], Mapping[str, Tensor]]
-
-
-@dataclass(frozen=True)
-class LoopConfig:
-    """Length and habits of a run. The learning rate falls to zero on a cosine after `warmup` steps."""
-
-    steps: int
-    seed: int = 0
-    warmup: int = 100
-    ema: float = 0.999
-    clip: float = 1.0
-    log_every: int = 20
-    save_every: int = 250
-    threads: int | None = None
+Metrics = dict[str, Tensor]
+StepFunction = Callable[[int], Metrics]
+Scores = dict[str, float]
 
 
-def learning_rate_factor(step: int, config: LoopConfig) -> float:
-    warm = min(1.0, (step + 1) / max(1, config.warmup))
-    return warm * 0.5 * (1 + math.cos(math.pi * step / config.steps))
+class Interrupted(TrainError):
+    """SIGTERM or SIGINT; the state is saved."""
+
+    exit_code = 130
 
 
 class Ema:
-    """Exponential moving average of a module's parameters and buffers, kept beside it in their own dtype."""
+    """Exponential moving average of a module's parameters and buffers, sharded as the module is."""
 
     def __init__(self, module: nn.Module, decay: float) -> None:
         self.decay = decay
+        self.module = module
         self.values = {name: value.detach().clone() for name, value in module.state_dict().items()}
 
     @torch.no_grad()
-    def update(self, module: nn.Module, step: int) -> None:
+    def update(self, step: int) -> None:
         decay = min(self.decay, (1 + step) / (10 + step))
-        for name, value in module.state_dict().items():
-            self.values[name].lerp_(value.to(self.values[name].dtype), 1 - decay)
+        now = self.module.state_dict()
+        torch._foreach_lerp_([local(v) for v in self.values.values()], [local(now[n]) for n in self.values], 1 - decay)
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """The module holds the averaged weights inside."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        now = self.module.state_dict()
+        for name, value in self.values.items():
+            mine, theirs = local(value), local(now[name])
+            kept = theirs.clone()
+            theirs.copy_(mine)
+            mine.copy_(kept)
 
 
-def optimizer_step(loss: Tensor, optimizer: torch.optim.Optimizer, clip: float) -> Tensor:
-    """Backward, clip, step. Returns the gradient's norm before clipping."""
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
+@dataclass
+class Run:
+    """A stage under way: its settings, its place among processes, and how its networks are updated."""
+
+    out: Path
+    config: StageConfig
+    world: World
+
+    @property
+    def device(self) -> torch.device:
+        return self.world.device
+
+    def autocast(self) -> torch.autocast:
+        enabled = self.config.dtype == "bfloat16"
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
+
+    def micro_batches(self, step: int, part: int = 0) -> Iterator[Draws]:
+        """This rank's share of the samples of update `part` of a step."""
+        config, world = self.config, self.world
+        size = config.batch // config.accumulate // world.size
+        if size * world.size * config.accumulate != config.batch:
+            raise TrainError(f"batch {config.batch} does not divide over {world.size} processes")
+        for i in range(config.accumulate):
+            start = (i * world.size + world.rank) * size
+            yield Draws.of(range(start, start + size), seed=config.seed, step=step, part=part, device=self.device)
+
+    def update(
+        self,
+        optimizers: Sequence[torch.optim.Optimizer],
+        loss_of: Callable[[Draws], tuple[Tensor, Metrics]],
+        step: int,
+        part: int = 0,
+    ) -> Metrics:
+        """One step of each optimiser on the mean loss over the batch; the mean of what `loss_of` notes.
+
+        Raises TrainError, and steps no more, where a gradient is not finite.
+        """
+        for optimizer in optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        sums: Metrics = {}
+        for draws in self.micro_batches(step, part):
+            loss, noted = loss_of(draws)
+            (loss / self.config.accumulate).backward()
+            for name, value in noted.items():
+                sums[name] = sums.get(name, 0) + value.detach().float() / self.config.accumulate
+        norms = [_clip(optimizer, self.config.clip) for optimizer in optimizers]
+        if not all(math.isfinite(norm.item()) for norm in norms):
+            described = ", ".join(f"{name} {value.item():.4g}" for name, value in sums.items())
+            raise TrainError(f"gradient is not finite at step {step} ({described})", hint="lower the learning rate")
+        for optimizer in optimizers:
+            optimizer.step()
+        return {**sums, "grad_norm": norms[0]}
+
+
+def _clip(optimizer: torch.optim.Optimizer, limit: float) -> Tensor:
+    """Clip the gradients of one optimiser; their norm before that."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    norm = torch.nn.utils.clip_grad_norm_(parameters, clip)
-    optimizer.step()
-    return norm
+    return full(torch.nn.utils.clip_grad_norm_(parameters, limit)).detach()
 
 
-def run_loop(
-    folder: Path,
-    config: LoopConfig,
-    modules: Mapping[str, nn.Module],
-    optimizers: Mapping[str, torch.optim.Optimizer],
-    step_function: StepFunction,
-    settings: object,
-    *,
-    ema_of: tuple[str, ...],
-    carried: Mapping[str, nn.Module] | None = None,
-) -> None:
-    """Run to `config.steps`, resuming from `folder/state.pt` if it is there.
+@dataclass
+class Trained:
+    """What a stage trains and leaves. `modules`: saved in checkpoints. `averaged`: those whose EMA the stage leaves.
+    `carried`: frozen modules that later stages need. `validate`: scores of the averaged weights (`score` is the one to
+    lower) and a picture strip is its own business."""
 
-    Leaves `folder/final.pt`: the EMA weights of `ema_of`, and `carried` as they are, so that the next stage needs one
-    folder only.
+    modules: dict[str, nn.Module]
+    optimizers: dict[str, torch.optim.Optimizer]
+    averaged: tuple[str, ...]
+    carried: dict[str, nn.Module] = field(default_factory=dict)
+    validate: Callable[[int], Scores] | None = None
+    total: int | None = None  # steps in all, where not `config.steps`
+    period: int | None = None  # steps after which the learning rate's schedule and the average start again
 
-    Raises TrainError at a non-finite loss, naming the step.
+
+def learning_rate_factor(step: int, total: int, config: StageConfig) -> float:
+    """Linear warm-up, then a cosine to zero at `total` or a constant."""
+    warm = min(1.0, (step + 1) / max(1, config.warmup))
+    return warm if config.schedule == "constant" else warm * 0.5 * (1 + math.cos(math.pi * step / total))
+
+
+def run_loop(run: Run, trained: Trained, step_function: StepFunction) -> None:
+    """Run `step_function` to the end, resuming where the newest checkpoint of `run.out` stands.
+
+    Leaves `final.pt`: the averaged weights and the carried ones, so that the next stage needs one folder only; with
+    validation also `best.pt`. Raises Interrupted after a signal, with the state saved.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    emas = {name: Ema(modules[name], config.ema) for name in ema_of}
-    base_rates = {name: [group["lr"] for group in o.param_groups] for name, o in optimizers.items()}
-    _check_settings(folder, settings)
-    start = _resume(folder / "state.pt", modules, optimizers, emas)
-    began = time.monotonic()
-    with (folder / "metrics.jsonl").open("a") as log:
-        bar = tqdm(range(start, config.steps), initial=start, total=config.steps, desc=folder.name, disable=None)
-        for step in bar:
-            torch.manual_seed(config.seed * 1_000_003 + step)
-            for name, optimizer in optimizers.items():
-                for group, rate in zip(optimizer.param_groups, base_rates[name], strict=True):
-                    group["lr"] = rate * learning_rate_factor(step, config)
-            losses = {name: float(value) for name, value in step_function(step).items()}
-            if not all(math.isfinite(value) for value in losses.values()):
-                raise TrainError(f"loss is not finite at step {step}: {losses}")
-            for name, ema in emas.items():
-                ema.update(modules[name], step)
-            if step % config.log_every == 0 or step == config.steps - 1:
-                record = {"step": step, "seconds": round(time.monotonic() - began, 1), **losses}
-                log.write(json.dumps(record) + "\n")
-                log.flush()
-                bar.set_postfix({name: f"{value:.4f}" for name, value in losses.items()})
-            if (step + 1) % config.save_every == 0 or step == config.steps - 1:
-                _save(folder / "state.pt", step + 1, modules, optimizers, emas)
-    final = {name: module.state_dict() for name, module in (carried or {}).items()}
-    _atomic_save({**final, **{name: ema.values for name, ema in emas.items()}}, folder / FINAL)
+    config, world = run.config, run.world
+    total = trained.total or config.steps
+    root = nn.ModuleDict(trained.modules)
+    optimizers = list(trained.optimizers.values())
+    emas = {name: Ema(trained.modules[name], config.ema) for name in trained.averaged}
+    base_rates = [[group["lr"] for group in o.param_groups] for o in optimizers]
+    _initialise(root, optimizers)
+    position = _Position()
+    with Checkpoints(run.out / "checkpoints", config.keep) as checkpoints:
+        start = _resume(checkpoints, root, optimizers, emas, position)
+        with Journal(run.out, start, world.first) as journal, _signals() as stop:
+            for step in _bar(run, start, total):
+                period = trained.period or total
+                _set_rates(optimizers, base_rates, learning_rate_factor(step % period, period, config))
+                metrics = step_function(step)
+                for ema in emas.values():
+                    ema.update(step % period)
+                done = step + 1
+                if step % config.log_every == 0 or done == total:
+                    journal.log(step, {name: mean_over_ranks(v, world).item() for name, v in metrics.items()})
+                if trained.validate is not None and (done % config.validate_every == 0 or done == total):
+                    _validate(run, trained, emas, position, journal, done)
+                stopping = any_rank(stop.is_set(), world)
+                exhausted = position.exhausted(config.patience)
+                if stopping or exhausted or done % config.save_every == 0 or done == total:
+                    checkpoints.save(_state(root, optimizers, emas, position, done), done)
+                if stopping:
+                    raise Interrupted(
+                        f"interrupted at step {done} of {total}; saved", hint="run the same command to go on"
+                    )
+                if exhausted:
+                    break
+    save_atomically(_left(trained, emas), run.out / FINAL, world)
 
 
-def _check_settings(folder: Path, settings: object) -> None:
-    """Note a new run's settings; refuse to resume a run that had others."""
-    path = folder / "settings.json"
-    described = json.loads(json.dumps(_describe(settings), default=str))
-    if not (folder / "state.pt").exists():
-        path.write_text(json.dumps(described, indent=1))
+def _bar(run: Run, start: int, total: int) -> Iterable[int]:
+    quiet = None if run.world.first else True  # None: where there is no terminal
+    return tqdm(range(start, total), initial=start, total=total, desc=run.out.name, disable=quiet)
+
+
+def _set_rates(optimizers: list[torch.optim.Optimizer], base_rates: list[list[float]], factor: float) -> None:
+    for optimizer, rates in zip(optimizers, base_rates, strict=True):
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate * factor
+
+
+@dataclass
+class _Position:
+    """Where validation stands; saved with the checkpoint."""
+
+    best: float = math.inf
+    since_best: int = 0
+
+    def exhausted(self, patience: int) -> bool:
+        return 0 < patience <= self.since_best
+
+
+def _validate(
+    run: Run, trained: Trained, emas: dict[str, Ema], position: _Position, journal: Journal, done: int
+) -> None:
+    assert trained.validate is not None
+    with ExitStack() as stack:
+        for ema in emas.values():
+            stack.enter_context(ema.applied())
+        scores = trained.validate(done)
+    if not scores:
         return
-    noted = json.loads(path.read_text())
-    different = sorted(key for key in described["settings"] if described["settings"][key] != noted["settings"].get(key))
-    if different or described["stage"] != noted["stage"]:
-        raise UsageError(
-            f"run `{folder}` was started with other settings: {', '.join(different) or noted['stage']}",
-            hint="resume with the same command, or choose another `--out`",
-        )
+    journal.log(done - 1, {f"validation_{name}": value for name, value in scores.items()})
+    if scores["score"] < position.best:
+        position.best, position.since_best = scores["score"], 0
+        save_atomically(_left(trained, emas), run.out / BEST, run.world)
+    else:
+        position.since_best += 1
+
+
+def _left(trained: Trained, emas: Mapping[str, Ema]) -> dict[str, dict[str, Tensor]]:
+    """Whole tensors of what the stage leaves, on the host."""
+    left = {name: module.state_dict() for name, module in trained.carried.items()}
+    left |= {name: ema.values for name, ema in emas.items()}
+    return {name: {key: full(value).cpu() for key, value in state.items()} for name, state in left.items()}
+
+
+def _initialise(root: nn.Module, optimizers: list[torch.optim.Optimizer]) -> None:
+    """Create the optimisers' state now: torch's checkpointing would create it at the first save, as if a step had
+    been made, and a saved run would differ from one that was not."""
+    get_state_dict(root, optimizers)
+    for optimizer in optimizers:
+        forget(optimizer)
+
+
+def forget(optimizer: torch.optim.Optimizer) -> None:
+    """Back to an optimiser's first step."""
+    for state in optimizer.state.values():
+        for value in state.values():
+            value.zero_()
+
+
+def _state(
+    root: nn.Module,
+    optimizers: list[torch.optim.Optimizer],
+    emas: Mapping[str, Ema],
+    position: _Position,
+    step: int,
+) -> dict[str, object]:
+    modules, optimizer_state = get_state_dict(root, optimizers)
+    averages = {name: ema.values for name, ema in emas.items()}
+    numbers = torch.tensor([step, position.since_best, position.best], dtype=torch.float64)
+    return {"modules": modules, "optimizers": optimizer_state, "emas": averages, "position": numbers}
 
 
 def _resume(
-    path: Path,
-    modules: Mapping[str, nn.Module],
-    optimizers: Mapping[str, torch.optim.Optimizer],
+    checkpoints: Checkpoints,
+    root: nn.Module,
+    optimizers: list[torch.optim.Optimizer],
     emas: Mapping[str, Ema],
+    position: _Position,
 ) -> int:
-    if not path.exists():
+    state = _state(root, optimizers, emas, position, 0)
+    if not checkpoints.load(state):
         return 0
-    state = torch.load(path, weights_only=True)
-    for name, module in modules.items():
-        module.load_state_dict(state["modules"][name], strict=True)
-    for name, optimizer in optimizers.items():
-        optimizer.load_state_dict(state["optimizers"][name])
-    for name, ema in emas.items():
-        ema.values = state["emas"][name]
-    return int(state["step"])
+    set_state_dict(root, optimizers, model_state_dict=state["modules"], optim_state_dict=state["optimizers"])  # type: ignore[arg-type]
+    numbers = state["position"]
+    assert isinstance(numbers, Tensor)
+    position.since_best, position.best = int(numbers[1]), float(numbers[2])
+    return int(numbers[0])
 
 
-def _save(
-    path: Path,
-    step: int,
-    modules: Mapping[str, nn.Module],
-    optimizers: Mapping[str, torch.optim.Optimizer],
-    emas: Mapping[str, Ema],
-) -> None:
-    state = {
-        "step": step,
-        "modules": {name: module.state_dict() for name, module in modules.items()},
-        "optimizers": {name: optimizer.state_dict() for name, optimizer in optimizers.items()},
-        "emas": {name: ema.values for name, ema in emas.items()},
-    }
-    _atomic_save(state, path)
+@contextmanager
+def _signals() -> Iterator[threading.Event]:
+    """An event that SIGTERM or SIGINT sets: the step under way ends, the state is saved. Again: at once."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
 
+    def note(number: int, frame: object) -> None:
+        stop.set()
+        signal.signal(number, before[signal.Signals(number)])
 
-def _atomic_save(state: object, path: Path) -> None:
-    partial = path.with_suffix(".part")
-    with partial.open("wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-
-
-def _describe(settings: object) -> dict[str, Any]:
-    fields = asdict(settings) if is_dataclass(settings) and not isinstance(settings, type) else {}
-    stage = type(settings).__name__
-    return {
-        "stage": stage,
-        "settings": fields,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "machine": platform.processor(),
-    }
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

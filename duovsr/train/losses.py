@@ -59,3 +59,9 @@ def hinge_discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:
 def hinge_generator_loss(fake: Tensor) -> Tensor:
     """L_G of eq. 8."""
     return -fake.mean()
+
+
+@torch.no_grad()
+def psnr(output: Tensor, target: Tensor) -> Tensor:
+    """dB, of frames in [-1, 1] clamped to their range."""
+    return -10 * torch.log10((output.clamp(-1, 1) - target).square().mean() / 4)

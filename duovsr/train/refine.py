@@ -6,118 +6,104 @@ distilled student stays as an anchor, so that the noise keeps its meaning.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
-
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from duovsr.model import flow
 from duovsr.model.layers import channels_last
-from duovsr.options import PRESETS
-from duovsr.train.base import PromptedTransformer, load_vae, shared_noise
-from duovsr.train.data import Pool
-from duovsr.train.loop import LoopConfig, optimizer_step, run_loop
+from duovsr.train.distributed import place
+from duovsr.train.draws import Draws
+from duovsr.train.loop import Metrics, Run, Trained, run_loop
 from duovsr.train.losses import (
     PatchDiscriminator,
     charbonnier,
     gradient_loss,
     hinge_discriminator_loss,
     hinge_generator_loss,
+    psnr,
     temporal_loss,
 )
-from duovsr.train.runs import load_weights
+from duovsr.train.options import RefineConfig
+from duovsr.train.roles import Inputs, diffusion_model, encode, ode_restore, one_step
+from duovsr.train.validation import Validation
 
 
-@dataclass(frozen=True)
-class RefineTrainConfig:
-    loop: LoopConfig = LoopConfig(steps=2400)
-    learning_rate: float = 5e-4
-    discriminator_rate: float = 2e-4
-    batch: int = 3
-    crop: int = 128
-    frames: int = 5
-    gradient_weight: float = 0.5
-    temporal_weight: float = 0.3
-    adversarial_weight: float = 0.02
-    adversarial_start: int = 1200  # step; pixels first: they are cheaper by a third, and settle the decoder
-    discriminator_lead: int = 200  # steps that the discriminator learns alone before
-    anchor_weight: float = 0.05
-    faithful_weight: float = 0.3
-    faithful_every: int = 4  # steps; the latent-free decode needs little and costs a fifth of a step
+class Refinement:
+    def __init__(self, run: Run, config: RefineConfig, inputs: Inputs) -> None:
+        self.run, self.config, self.preset, self.pool = run, config, inputs.preset, inputs.frames(config)
+        torch.manual_seed(config.seed)
+        self.vae = inputs.autoencoder(run)
+        self.vae.decoder.requires_grad_(True)
+        model = inputs.weights("model")
+        self.anchor = place(diffusion_model(self.preset, model, run, trained=False), run.world)
+        self.student = place(diffusion_model(self.preset, model, run, trained=True), run.world)
+        place(self.vae, run.world)
+        self.discriminator = place(channels_last(PatchDiscriminator()), run.world)
+        trained = [*self.vae.decoder.parameters(), *self.student.parameters()]
+        self.optimizer = torch.optim.AdamW(
+            trained, config.learning_rate, (config.beta1, config.beta2), weight_decay=config.weight_decay, fused=True
+        )
+        self.discriminator_optimizer = torch.optim.AdamW(
+            self.discriminator.parameters(), config.discriminator_rate, (0.5, 0.99), weight_decay=0.0, fused=True
+        )
 
+    def _restore(self, lq: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
+        """The output (B, 3, T, H, W) and how far the student's latents left the anchor's."""
+        z_lq = encode(self.vae, lq, self.run)
+        eps = draws.normal_like(z_lq, self.preset.shared_noise)
+        with self.run.autocast():
+            x0 = one_step(self.student, eps, z_lq)
+            with torch.no_grad():
+                x0_anchor = one_step(self.anchor, eps, z_lq)
+            output, _ = self.vae.decode(x0, lq)
+        return output.float(), (x0 - x0_anchor).square().mean()
 
-def train_refine(pools: list[Path], init: Path, out: Path, config: RefineTrainConfig) -> None:
-    """Refine the one-step student and the decoder of run `init`; leaves `vae` and `model`."""
-    preset = PRESETS["tiny"]
-    torch.manual_seed(config.loop.seed)
-    vae = load_vae(preset, init)
-    vae.decoder.requires_grad_(True)
-    anchor, student = PromptedTransformer(preset), PromptedTransformer(preset)
-    for model in (anchor, student):
-        model.load_state_dict(load_weights(init, "model"), strict=True)
-    anchor.requires_grad_(False)
-    discriminator = channels_last(PatchDiscriminator())
-    trained = [*vae.decoder.parameters(), *student.parameters()]
-    generator_optimizer = torch.optim.AdamW(
-        trained, lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=0.0, fused=True
-    )
-    discriminator_optimizer = torch.optim.AdamW(
-        discriminator.parameters(), lr=config.discriminator_rate, betas=(0.5, 0.99), weight_decay=0.0, fused=True
-    )
-    pool = Pool(pools, config.loop.seed)
-    sigma = torch.ones(config.batch)
-
-    def discriminator_step(hq: Tensor, lq: Tensor, output: Tensor) -> dict[str, Tensor]:
-        discriminator.requires_grad_(True)
-        with torch.autocast("cpu", torch.bfloat16):
-            real, fake = discriminator(hq, lq), discriminator(output, lq)
-        loss = hinge_discriminator_loss(real, fake)
-        optimizer_step(loss, discriminator_optimizer, config.loop.clip)
-        discriminator.requires_grad_(False)
-        return {"discriminator": loss.detach(), "real": real.detach().mean(), "fake": fake.detach().mean()}
-
-    def step(n: int) -> dict[str, Tensor]:
-        hq, lq = pool.batch(n, config.batch, config.crop, config.frames)
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-            z_lq, _ = vae.encode(lq)
-            z_lq = z_lq.float()
-        eps = shared_noise(z_lq, preset.shared_noise)
-        x0 = flow.x0_from_velocity(eps, student(eps, z_lq, sigma), sigma)
-        with torch.no_grad():
-            x0_anchor = flow.x0_from_velocity(eps, anchor(eps, z_lq, sigma), sigma)
-        with torch.autocast("cpu", torch.bfloat16):
-            output, _ = vae.decode(x0, lq)
-        output = output.float()
+    def loss(self, draws: Draws, step: int) -> tuple[Tensor, Metrics]:
+        config = self.config
+        hq, lq = self.pool.frames(draws, config.crop, config.frames)
+        output, drift = self._restore(lq, draws)
         pixel = charbonnier(output, hq)
         loss = pixel + config.gradient_weight * gradient_loss(output, hq)
-        loss = loss + config.temporal_weight * temporal_loss(output, hq)
-        loss = loss + config.anchor_weight * (x0 - x0_anchor).square().mean()
-        if n % config.faithful_every == 0:
-            with torch.autocast("cpu", torch.bfloat16):
-                faithful, _ = vae.decode(None, lq)
+        loss = loss + config.temporal_weight * temporal_loss(output, hq) + config.anchor_weight * drift
+        noted = {"pixel": pixel, "anchor": drift, "psnr_gain": psnr(output, hq) - psnr(lq, hq)}
+        if step % config.faithful_every == 0:
+            with self.run.autocast():
+                faithful, _ = self.vae.decode(None, lq)
             loss = loss + config.faithful_weight * charbonnier(faithful.float(), hq)
-
-        losses = {}
-        if n >= config.adversarial_start - config.discriminator_lead:
-            losses = discriminator_step(hq, lq, output.detach())
-        if n >= config.adversarial_start:
-            with torch.autocast("cpu", torch.bfloat16):
-                adversarial = hinge_generator_loss(discriminator(output, lq))
+        if step >= config.adversarial_start:
+            self.discriminator.requires_grad_(False)
+            with self.run.autocast():
+                adversarial = hinge_generator_loss(self.discriminator(output, lq))
+            self.discriminator.requires_grad_(True)
             loss = loss + config.adversarial_weight * adversarial
-            losses["adversarial"] = adversarial.detach()
-        norm = optimizer_step(loss, generator_optimizer, config.loop.clip)
-        with torch.no_grad():
-            psnr = -10 * torch.log10((output.clamp(-1, 1) - hq).square().mean() / 4)
-            psnr_lq = -10 * torch.log10((lq.clamp(-1, 1) - hq).square().mean() / 4)
-        return {
-            "pixel": pixel.detach(),
-            "psnr_gain": psnr - psnr_lq,
-            "anchor": (x0 - x0_anchor).square().mean().detach(),
-            "grad_norm": norm,
-            **losses,
-        }
+            noted["adversarial"] = adversarial
+        if self._criticised(step):
+            with self.run.autocast():
+                real, fake = self.discriminator(hq, lq), self.discriminator(output.detach(), lq)
+            criticism = hinge_discriminator_loss(real, fake)
+            loss = loss + criticism  # no parameter is in both
+            noted |= {"discriminator": criticism, "d_real": real.mean(), "d_fake": fake.mean()}
+        return loss, noted
 
-    modules = {"model": student, "vae": vae, "discriminator": discriminator}
-    optimizers = {"generator": generator_optimizer, "discriminator": discriminator_optimizer}
-    run_loop(out, config.loop, modules, optimizers, step, config, ema_of=("model", "vae"))
+    def _criticised(self, step: int) -> bool:
+        return step >= self.config.adversarial_start - self.config.discriminator_lead
+
+    def step(self, n: int) -> Metrics:
+        optimizers = [self.optimizer, *([self.discriminator_optimizer] if self._criticised(n) else [])]
+        return self.run.update(optimizers, lambda draws: self.loss(draws, n), n)
+
+
+def train_refine(run: Run, config: RefineConfig, inputs: Inputs) -> None:
+    """Refine the one-step student and the decoder of `inputs.init`; leaves `vae` and `model`."""
+    refinement = Refinement(run, config, inputs)
+    modules: dict[str, nn.Module] = {
+        "model": refinement.student,
+        "vae": refinement.vae,
+        "discriminator": refinement.discriminator,
+    }
+    optimizers: dict[str, torch.optim.Optimizer] = {
+        "model": refinement.optimizer,
+        "discriminator": refinement.discriminator_optimizer,
+    }
+    restore = ode_restore(run, inputs.preset, refinement.vae, refinement.student, steps=1, shift=1.0)
+    validate = Validation.maybe(run, inputs, restore)
+    run_loop(run, Trained(modules, optimizers, ("model", "vae"), validate=validate), refinement.step)

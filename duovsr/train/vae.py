@@ -1,43 +1,75 @@
 """TinyVAE training: reconstruct HQ from its own latent and the degraded LQ (DESIGN section 2).
 
 The hazards are a decoder that ignores the latent and a latent too fine for a small transformer to hit. So noise is
-added to the latent while the decoder learns, and a part of every batch is decoded without a latent: that second path
-is `--strength 0`.
+added to the latent while the decoder learns, and every few updates decode without a latent: that second path is
+`--strength 0`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
-
 import torch
 from torch import Tensor
 
-from duovsr.model.layers import channels_last
 from duovsr.model.tiny_vae import TinyVAE
-from duovsr.options import PRESETS
-from duovsr.train.data import Pool
-from duovsr.train.loop import LoopConfig, optimizer_step, run_loop
-from duovsr.train.losses import charbonnier, gradient_loss, temporal_loss
-from duovsr.train.runs import load_weights
+from duovsr.train.distributed import mean_over_ranks, place
+from duovsr.train.draws import Draws
+from duovsr.train.loop import Metrics, Run, Trained, run_loop
+from duovsr.train.losses import charbonnier, gradient_loss, psnr, temporal_loss
+from duovsr.train.options import VAEConfig
+from duovsr.train.roles import Inputs, new_autoencoder
+from duovsr.train.validation import Validation
 
 
-@dataclass(frozen=True)
-class VAETrainConfig:
-    loop: LoopConfig = LoopConfig(steps=6000)
-    learning_rate: float = 1e-3
-    batch: int = 8
-    crop: int = 96
-    frames: int = 5
-    latent_free: int = 2  # samples of the batch decoded without a latent
-    latent_noise: float = 0.5  # largest standard deviation of the noise on the unit-variance latent
-    gradient_weight: float = 0.5
-    temporal_weight: float = 0.3
-    statistics_momentum: float = 0.01
+def train_vae(run: Run, config: VAEConfig, inputs: Inputs) -> None:
+    """Train the preset's TinyVAE, from scratch or on from `inputs.init`; leaves `vae`."""
+    pool = inputs.frames(config)
+    torch.manual_seed(config.seed)
+    vae = new_autoencoder(inputs.preset)
+    if inputs.init is not None:
+        vae.load_state_dict(inputs.weights("vae"), strict=True)
+    place(vae, run.world)
+    optimizer = torch.optim.AdamW(
+        vae.parameters(), config.learning_rate, (config.beta1, config.beta2), weight_decay=config.weight_decay
+    )
+    moments: list[Tensor] = []
+
+    def loss_of(draws: Draws) -> tuple[Tensor, Metrics]:
+        hq, lq = pool.frames(draws, config.crop, config.frames)
+        with run.autocast():
+            latents, _ = vae.encode(hq)
+            sigma = config.latent_noise * draws.uniform().view(-1, 1, 1, 1, 1)
+            output, _ = vae.decode(latents + sigma * draws.normal_like(latents), lq)
+        moments.append(raw_moments(vae, latents))
+        loss = reconstruction_loss(output.float(), hq, config)
+        return loss, {"loss": loss, "psnr": psnr(output.float(), hq), "psnr_lq": psnr(lq, hq)}
+
+    def free_loss_of(draws: Draws) -> tuple[Tensor, Metrics]:
+        hq, lq = pool.frames(draws, config.crop, config.frames)
+        with run.autocast():
+            output, _ = vae.decode(None, lq)
+        loss = reconstruction_loss(output.float(), hq, config)
+        return loss, {"loss_free": loss, "psnr_free": psnr(output.float(), hq), "psnr_lq": psnr(lq, hq)}
+
+    def step(n: int) -> Metrics:
+        if config.free_every and n % config.free_every == config.free_every - 1:
+            return run.update([optimizer], free_loss_of, n)
+        moments.clear()
+        metrics = run.update([optimizer], loss_of, n)
+        mean, square = mean_over_ranks(torch.stack(moments).mean(0), run.world)
+        move_statistics(vae, mean, square, max(config.statistics_momentum, 1 / (n + 1)))
+        return metrics
+
+    def restore(hq: Tensor, lq: Tensor, draws: Draws) -> Tensor:
+        with run.autocast():
+            latents, _ = vae.encode(hq)
+            output, _ = vae.decode(latents, lq)
+        return output
+
+    validate = Validation.maybe(run, inputs, restore)
+    run_loop(run, Trained({"vae": vae}, {"vae": optimizer}, averaged=("vae",), validate=validate), step)
 
 
-def reconstruction_loss(output: Tensor, target: Tensor, config: VAETrainConfig) -> Tensor:
-    output = output.float()
+def reconstruction_loss(output: Tensor, target: Tensor, config: VAEConfig) -> Tensor:
     return (
         charbonnier(output, target)
         + config.gradient_weight * gradient_loss(output, target)
@@ -46,48 +78,14 @@ def reconstruction_loss(output: Tensor, target: Tensor, config: VAETrainConfig) 
 
 
 @torch.no_grad()
-def update_statistics(vae: TinyVAE, latents: Tensor, momentum: float) -> None:
-    """Move the normalisation of the latents towards what this batch shows (`latents` are normalised by the old one)."""
+def raw_moments(vae: TinyVAE, latents: Tensor) -> Tensor:
+    """Mean and mean square (2, C) of what the encoder gave before its normalisation."""
     raw = latents.float() * vae.latent_std.view(1, -1, 1, 1, 1) + vae.latent_mean.view(1, -1, 1, 1, 1)
-    vae.latent_mean.lerp_(raw.mean((0, 2, 3, 4)), momentum)
-    vae.latent_std.lerp_(raw.std((0, 2, 3, 4)).clamp_min(1e-3), momentum)
+    return torch.stack([raw.mean((0, 2, 3, 4)), raw.square().mean((0, 2, 3, 4))])
 
 
-def train_vae(pools: list[Path], init: Path | None, out: Path, config: VAETrainConfig) -> None:
-    """Train the preset's TinyVAE, from scratch or on from run `init`; `out/final.pt` holds `vae`."""
-    preset = PRESETS["tiny"]
-    assert preset.vae is not None
-    torch.manual_seed(config.loop.seed)
-    vae = channels_last(TinyVAE(preset.vae))
-    if init is not None:
-        vae.load_state_dict(load_weights(init, "vae"), strict=True)
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=1e-4)
-    pool = Pool(pools, config.loop.seed)
-
-    def step(n: int) -> dict[str, Tensor]:
-        hq, lq = pool.batch(n, config.batch, config.crop, config.frames)
-        with torch.autocast("cpu", torch.bfloat16):
-            latents, _ = vae.encode(hq)
-            sigma = config.latent_noise * torch.rand(config.batch, 1, 1, 1, 1)
-            noisy = latents + sigma * torch.randn_like(latents)
-            k = config.latent_free
-            output, _ = vae.decode(noisy[k:], lq[k:])
-            faithful, _ = vae.decode(None, lq[:k])
-        loss_latent = reconstruction_loss(output, hq[k:], config)
-        loss_free = reconstruction_loss(faithful, hq[:k], config)
-        norm = optimizer_step(loss_latent + 0.3 * loss_free, optimizer, config.loop.clip)
-        update_statistics(vae, latents.detach(), max(config.statistics_momentum, 1 / (n + 1)))
-        with torch.no_grad():
-            psnr = -10 * torch.log10((output.float().clamp(-1, 1) - hq[k:]).square().mean() / 4)
-            psnr_free = -10 * torch.log10((faithful.float().clamp(-1, 1) - hq[:k]).square().mean() / 4)
-            psnr_lq = -10 * torch.log10((lq.clamp(-1, 1) - hq).square().mean() / 4)
-        return {
-            "loss": loss_latent.detach(),
-            "loss_free": loss_free.detach(),
-            "psnr": psnr,
-            "psnr_free": psnr_free,
-            "psnr_lq": psnr_lq,
-            "grad_norm": norm,
-        }
-
-    run_loop(out, config.loop, {"vae": vae}, {"vae": optimizer}, step, config, ema_of=("vae",))
+@torch.no_grad()
+def move_statistics(vae: TinyVAE, mean: Tensor, square: Tensor, momentum: float) -> None:
+    """Move the latents' normalisation towards what this step showed."""
+    vae.latent_mean.lerp_(mean, momentum)
+    vae.latent_std.lerp_((square - mean.square()).clamp_min(1e-6).sqrt(), momentum)

@@ -1,0 +1,317 @@
+"""The Wan2.1 VAE, exact: 8x8 in space, 4x in time, 16 channels (reference: Wan2.1 `wan/modules/vae.py`).
+
+Latent 0 holds frame 0 alone, latent i holds frames 4i - 3 .. 4i. Parameter names are Wan2.1's own, so that original
+checkpoints load without a key map.
+
+Wan2.1 encodes one frame and then four a call, and decodes one latent a call, with caches inside its modules. That is
+ordinary causal convolution over the whole clip, zeros before frame 0, but for two exceptions at its first frame:
+
+    down: y = cat(x[:1], conv(x))               kernel 3, stride 2, no padding: windows 0-2, 2-4, ...
+    up:   y = cat(x[:1], interleave(conv(x[1:])))     zeros, not frame 0, to the left of frame 1
+
+So any number of frames makes a call here; what the convolutions remember between calls is passed in and out.
+Activations are channels last (`channels_last_3d`), where a frame's channels lie together and frames can be merged into
+the batch without a copy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise, repeat, starmap
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from duovsr.model.tiny_vae import VAEState
+
+# Statistics of the latents, published with Wan2.1: the transformer sees (mu - mean) / std.
+# fmt: off
+LATENT_MEAN = (
+    -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
+    0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921,
+)
+LATENT_STD = (
+    2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
+    3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160,
+)
+# fmt: on
+
+
+@dataclass(frozen=True)
+class WanVAEConfig:
+    """Widths: `dim` x `multipliers` channels at 1/1, 1/2, 1/4 and 1/8 of the frame's size. The defaults are Wan2.1's.
+
+    `temporal_downsample` says for each halving in space whether it also halves the frame rate.
+    """
+
+    dim: int = 96
+    multipliers: tuple[int, ...] = (1, 2, 4, 4)
+    res_blocks: int = 2
+    temporal_downsample: tuple[bool, ...] = (False, True, True)
+    latent_mean: tuple[float, ...] = LATENT_MEAN
+    latent_std: tuple[float, ...] = LATENT_STD
+
+    @property
+    def latent_channels(self) -> int:
+        return len(self.latent_mean)
+
+    @property
+    def spatial_factor(self) -> int:
+        return 2 ** len(self.temporal_downsample)
+
+    @property
+    def temporal_factor(self) -> int:
+        return 2 ** sum(self.temporal_downsample)
+
+
+class Memories:
+    """What the temporal convolutions of one call remember, in order of use: from the call before, for the call after.
+
+    It lives for one call; between calls it is a `VAEState`.
+    """
+
+    def __init__(self, state: VAEState | None) -> None:
+        self.at_start = state is None
+        self._before: Iterator[Tensor | None] = repeat(None) if state is None else iter(state.memories)
+        self._after: list[Tensor] = []
+
+    def prepend(self, x: Tensor, keep: int = 2, zeros: int = 2) -> Tensor:
+        """x (B, C, T, H, W) with the last `keep` frames of the call before in front, or with zeros at a start.
+
+        The last `keep` frames of the result are what the next call gets.
+        """
+        before = next(self._before)
+        if before is not None:
+            x = torch.cat([before, x], dim=2)
+        elif zeros:
+            # The layout is named because a pad of no frames (the first up-sampling of a lone frame) would lose it.
+            x = F.pad(x, (0, 0, 0, 0, zeros, 0)).contiguous(memory_format=torch.channels_last_3d)
+        self._after.append(x[:, :, -keep:].clone())  # a view would keep all of x alive
+        return x
+
+    def state(self) -> VAEState:
+        return VAEState(tuple(self._after))
+
+
+class ChannelNorm(nn.Module):
+    """Each position's channels divided by their root mean square, times gamma. Input (N, C, ...)."""
+
+    def __init__(self, channels: int, axes: int = 3) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(channels, *[1] * axes))
+
+    def forward(self, x: Tensor) -> Tensor:
+        norm = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.float32)
+        scale = x.shape[1] ** 0.5 / norm.clamp_min(1e-12)
+        scale = scale.clamp_max(torch.finfo(x.dtype).max)  # float16: a zero position would be 0 * inf
+        return x * scale.to(x.dtype) * self.gamma
+
+
+def causal_conv(in_channels: int, out_channels: int) -> nn.Conv3d:
+    """A 3x3x3 convolution whose padding in time is `Memories.prepend`'s."""
+    return nn.Conv3d(in_channels, out_channels, 3, padding=(0, 1, 1))
+
+
+def norm_silu_conv(layers: nn.ModuleDict, norm: str, conv: str, x: Tensor, memories: Memories) -> Tensor:
+    """The step of which nearly all of the VAE is made."""
+    return layers[conv](memories.prepend(F.silu(layers[norm](x))))
+
+
+def per_frame(module: nn.Module, x: Tensor) -> Tensor:
+    """Apply an image module (N, C, H, W) to each frame of x (B, C, T, H, W).
+
+    Channels go last for the reshapes: these would otherwise give a single frame strides in which torch does not
+    recognise the layout.
+    """
+    frames = x.permute(0, 2, 3, 4, 1).flatten(0, 1).permute(0, 3, 1, 2)
+    return module(frames).permute(0, 2, 3, 1).unflatten(0, (x.shape[0], -1)).permute(0, 4, 1, 2, 3)
+
+
+class ResBlock(nn.Module):
+    """Two causal convolutions with a skip. (B, in_channels, T, H, W) -> (B, out_channels, T, H, W)."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.residual = nn.ModuleDict(  # Wan2.1's indices: its SiLUs and a dropout of 0 stand between these
+            {
+                "0": ChannelNorm(in_channels),
+                "2": causal_conv(in_channels, out_channels),
+                "3": ChannelNorm(out_channels),
+                "6": causal_conv(out_channels, out_channels),
+            }
+        )
+        self.shortcut = nn.Conv3d(in_channels, out_channels, 1) if in_channels != out_channels else None
+
+    def forward(self, x: Tensor, memories: Memories) -> Tensor:
+        h = norm_silu_conv(self.residual, "0", "2", x, memories)
+        h = norm_silu_conv(self.residual, "3", "6", h, memories)
+        return h + (x if self.shortcut is None else self.shortcut(x))
+
+
+class Attention(nn.Module):
+    """Self-attention within an image (N, C, H, W): one head over all channels, no positions."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = ChannelNorm(channels, axes=2)
+        self.to_qkv = nn.Conv2d(channels, 3 * channels, 1)
+        self.proj = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        qkv = self.to_qkv(self.norm(x)).flatten(2).transpose(1, 2).unsqueeze(1)  # (N, 1, H W, 3 C)
+        attended = F.scaled_dot_product_attention(*qkv.chunk(3, dim=-1))
+        return x + self.proj(attended.squeeze(1).transpose(1, 2).unflatten(2, x.shape[2:]))
+
+
+class Middle(nn.ModuleList):
+    """The blocks at the lowest resolution, which the encoder ends and the decoder begins with."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__([ResBlock(channels, channels), Attention(channels), ResBlock(channels, channels)])
+
+    def forward(self, x: Tensor, memories: Memories) -> Tensor:
+        first, attention, last = self
+        return last(per_frame(attention, first(x, memories)), memories)
+
+
+class Downsample(nn.Module):
+    """Halves H and W and, if `temporal`, the frame rate: T -> T / 2, and at a start T = 2k + 1 -> k + 1."""
+
+    def __init__(self, channels: int, temporal: bool) -> None:
+        super().__init__()
+        self.resample = nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(channels, channels, 3, stride=2))
+        self.time_conv = nn.Conv3d(channels, channels, (3, 1, 1), stride=(2, 1, 1)) if temporal else None
+
+    def forward(self, x: Tensor, memories: Memories) -> Tensor:
+        x = per_frame(self.resample, x)
+        if self.time_conv is None:
+            return x
+        first, x = x[:, :, :1], memories.prepend(x, keep=1, zeros=0)
+        if not memories.at_start:
+            return self.time_conv(x)
+        return torch.cat([first, self.time_conv(x)], dim=2) if x.shape[2] > 1 else first
+
+
+class Upsample(nn.Module):
+    """Doubles H and W, halves C and, if `temporal`, doubles the frame rate: T -> 2T, and at a start T -> 2T - 1."""
+
+    def __init__(self, channels: int, temporal: bool) -> None:
+        super().__init__()
+        self.time_conv = nn.Conv3d(channels, 2 * channels, (3, 1, 1)) if temporal else None
+        self.resample = nn.Sequential(
+            nn.Upsample(scale_factor=2.0, mode="nearest-exact"), nn.Conv2d(channels, channels // 2, 3, padding=1)
+        )
+
+    def forward(self, x: Tensor, memories: Memories) -> Tensor:
+        if self.time_conv is not None:
+            x = self._double_rate(self.time_conv, x, memories)
+        return per_frame(self.resample, x)
+
+    def _double_rate(self, time_conv: nn.Conv3d, x: Tensor, memories: Memories) -> Tensor:
+        if not memories.at_start:
+            return _interleave(time_conv(memories.prepend(x)))
+        first, rest = x[:, :, :1], x[:, :, 1:]
+        padded = memories.prepend(rest)
+        return torch.cat([first, _interleave(time_conv(padded))], dim=2) if rest.shape[2] else first
+
+
+def _interleave(x: Tensor) -> Tensor:
+    """(B, 2 C, T, H, W) -> (B, C, 2 T, H, W): the first half of the channels is frame 2t, the second frame 2t + 1."""
+    pairs = x.unflatten(1, (2, -1)).permute(0, 3, 1, 4, 5, 2).contiguous()  # (B, T, 2, H, W, C)
+    return pairs.flatten(1, 2).permute(0, 4, 1, 2, 3)
+
+
+class Encoder(nn.Module):
+    def __init__(self, config: WanVAEConfig) -> None:
+        super().__init__()
+        widths = [config.dim * m for m in config.multipliers]
+        layers: list[nn.Module] = []
+        for i, (before, width) in enumerate(pairwise([config.dim, *widths])):
+            layers += starmap(ResBlock, [(before, width)] + [(width, width)] * (config.res_blocks - 1))
+            if i < len(config.temporal_downsample):
+                layers.append(Downsample(width, config.temporal_downsample[i]))
+        self.conv1 = causal_conv(3, config.dim)
+        self.downsamples = nn.ModuleList(layers)
+        self.middle = Middle(widths[-1])
+        self.head = nn.ModuleDict(
+            {"0": ChannelNorm(widths[-1]), "2": causal_conv(widths[-1], 2 * config.latent_channels)}
+        )
+
+    def forward(self, frames: Tensor, memories: Memories) -> Tensor:
+        """frames (B, 3, T, H, W) -> what becomes mean and log-variance (B, 2 C, T', H / 8, W / 8)."""
+        x = self.conv1(memories.prepend(frames))
+        for layer in self.downsamples:
+            x = layer(x, memories)
+        return norm_silu_conv(self.head, "0", "2", self.middle(x, memories), memories)
+
+
+class Decoder(nn.Module):
+    def __init__(self, config: WanVAEConfig) -> None:
+        super().__init__()
+        widths = [config.dim * m for m in reversed(config.multipliers)]
+        temporal_upsample = config.temporal_downsample[::-1]
+        layers: list[nn.Module] = []
+        before = widths[0]
+        for i, width in enumerate(widths):
+            layers += starmap(ResBlock, [(before, width)] + [(width, width)] * config.res_blocks)
+            if i < len(temporal_upsample):
+                layers.append(Upsample(width, temporal_upsample[i]))
+                before = width // 2
+        self.conv1 = causal_conv(config.latent_channels, widths[0])
+        self.middle = Middle(widths[0])
+        self.upsamples = nn.ModuleList(layers)
+        self.head = nn.ModuleDict({"0": ChannelNorm(widths[-1]), "2": causal_conv(widths[-1], 3)})
+
+    def forward(self, latents: Tensor, memories: Memories) -> Tensor:
+        """latents (B, C, T', H / 8, W / 8), not normalised -> frames (B, 3, T, H, W)."""
+        x = self.middle(self.conv1(memories.prepend(latents)), memories)
+        for layer in self.upsamples:
+            x = layer(x, memories)
+        return norm_silu_conv(self.head, "0", "2", x, memories)
+
+
+class WanVAE(nn.Module):
+    """Frames (B, 3, T, H, W) in [-1, 1] <-> normalised latents (B, 16, T', H / 8, W / 8). H, W: multiples of 8."""
+
+    def __init__(self, config: WanVAEConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.conv1 = nn.Conv3d(2 * config.latent_channels, 2 * config.latent_channels, 1)
+        self.conv2 = nn.Conv3d(config.latent_channels, config.latent_channels, 1)
+        self.decoder = Decoder(config)
+
+    def encode(self, frames: Tensor, state: VAEState | None = None) -> tuple[Tensor, VAEState]:
+        """Encode 4k + 1 frames at a scene's start (`state` None), 4k after it; k + 1 or k latents come out.
+
+        The latents are the posterior's mean, normalised by Wan2.1's statistics, float32.
+        """
+        frames_left = (frames.shape[2] - (state is None)) % self.config.temporal_factor
+        assert frames_left == 0, f"{frames.shape[2]} frames"
+        assert all(side % self.config.spatial_factor == 0 for side in frames.shape[3:]), tuple(frames.shape)
+        memories = Memories(state)
+        moments = self.conv1(self.encoder(self._prepare(frames), memories))
+        mean, std = self._statistics(frames.device)
+        return (moments[:, : self.config.latent_channels].float() - mean) / std, memories.state()
+
+    def decode(self, latents: Tensor, state: VAEState | None = None) -> tuple[Tensor, VAEState]:
+        """Decode k + 1 normalised latents at a scene's start (`state` None) to 4k + 1 frames, k after it to 4k.
+
+        The frames are float32 and not clamped.
+        """
+        memories = Memories(state)
+        mean, std = self._statistics(latents.device)
+        frames = self.decoder(self.conv2(self._prepare(latents.float() * std + mean)), memories)
+        return frames.float(), memories.state()
+
+    def _prepare(self, x: Tensor) -> Tensor:
+        """In the weights' type, channels last."""
+        return x.to(self.conv1.weight.dtype).contiguous(memory_format=torch.channels_last_3d)
+
+    def _statistics(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation (C, 1, 1, 1). Not buffers: these would be keys that no Wan2.1 checkpoint has."""
+        both = torch.tensor([self.config.latent_mean, self.config.latent_std], device=device)
+        mean, std = both.view(2, -1, 1, 1, 1)
+        return mean, std

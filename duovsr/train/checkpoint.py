@@ -1,0 +1,95 @@
+"""Checkpoints of a run: torch.distributed.checkpoint, written in the background, picked up only when whole.
+
+`checkpoints/latest` names the newest finished one and is replaced atomically after the write has ended, so that a
+checkpoint cut short by a crash is never read. Saved by any number of processes, loaded by any other.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import warnings
+from collections.abc import Mapping
+from concurrent.futures import Future
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch.distributed as dist
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import async_save
+
+State = Mapping[str, Any]
+
+# A job of one process is on purpose; said from a thread, so that only a filter of the whole process stops it.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
+
+
+class Checkpoints:
+    """The last `keep` checkpoints under `folder`. Every rank calls every method."""
+
+    def __init__(self, folder: Path, keep: int) -> None:
+        self.folder, self.keep = folder, keep
+        self._pending: tuple[Path, Future[Any]] | None = None
+        # The background write's own group: two threads must not speak on one.
+        self._group = dist.new_group(backend="gloo") if dist.is_initialized() else None
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        # After an error other ranks may be gone, and would be waited for.
+        if kind is None or not dist.is_initialized():
+            self.wait()
+
+    def latest(self) -> Path | None:
+        pointer = self.folder / "latest"
+        return self.folder / pointer.read_text() if pointer.exists() else None
+
+    def save(self, state: State, step: int) -> None:
+        """Copy `state` and write it in the background."""
+        self.wait()
+        path = self.folder / f"step_{step:08d}"
+        if _first() and path.exists():
+            shutil.rmtree(path)  # what a crash left there
+        if dist.is_initialized():
+            dist.barrier()
+        future = async_save(
+            dict(state), checkpoint_id=path, process_group=self._group, no_dist=not dist.is_initialized()
+        )
+        self._pending = path, future  # type: ignore[assignment]
+
+    def wait(self) -> None:
+        """Finish the write under way, point to it and drop the oldest. Raises what the write raised."""
+        if self._pending is None:
+            return
+        path, future = self._pending
+        self._pending = None
+        future.result()
+        if dist.is_initialized():
+            dist.barrier()
+        if not _first():
+            return
+        partial = self.folder / "latest.part"
+        with partial.open("w") as file:
+            file.write(path.name)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, self.folder / "latest")
+        finished = sorted(p for p in self.folder.glob("step_*") if p.name <= path.name)
+        for old in finished[: -self.keep]:
+            shutil.rmtree(old)
+
+    def load(self, state: dict[str, Any]) -> bool:
+        """Fill `state` in place from the newest checkpoint; False if there is none."""
+        path = self.latest()
+        if path is None:
+            return False
+        load(state, checkpoint_id=path, no_dist=not dist.is_initialized())
+        return True
+
+
+def _first() -> bool:
+    return not dist.is_initialized() or dist.get_rank() == 0

@@ -1,0 +1,268 @@
+"""The settings of every training stage, and the recipes that chain them.
+
+"paper" marks what the paper gives (sections 4.1 and 7); the rest is ours, with its source: starting values of the
+methods that the stage is built from (DMD2, Flow-DPO, progressive distillation), or measured on `tiny`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from duovsr.errors import UsageError
+
+
+def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise UsageError(f"unsupported {name}: `{value}`", hint=f"use one of: {', '.join(choices)}")
+
+
+@dataclass(frozen=True)
+class StageConfig:
+    """What every stage has. Sizes are of the whole job: `batch` samples an update are split over devices and
+    `accumulate` micro-batches, and the result depends on neither."""
+
+    steps: int = 1000
+    batch: int = 8
+    accumulate: int = 1
+    crop: int = 160  # HQ pixels a side
+    frames: int = 5  # 4k + 1
+    learning_rate: float = 1e-4
+    schedule: str = "cosine"  # to zero; or constant
+    warmup: int = 100  # steps
+    beta1: float = 0.9
+    beta2: float = 0.99
+    weight_decay: float = 0.0
+    clip: float = 1.0  # of the gradient's norm
+    ema: float = 0.999
+    seed: int = 0
+    dtype: str = "bfloat16"  # of activations; weights and optimiser stay float32
+    device: str = "auto"
+    checkpointing: bool = False  # recompute activations of the transformer's blocks in the backward pass
+    threads: int = 0  # CPU threads; 0: torch's own choice
+    log_every: int = 20
+    save_every: int = 250
+    keep: int = 3  # checkpoints
+    validate_every: int = 250  # with a validation pool
+    validation_samples: int = 16
+    patience: int = 0  # validations without a better score before the run stops; 0: never
+
+    def __post_init__(self) -> None:
+        for name in (
+            "steps",
+            "batch",
+            "accumulate",
+            "crop",
+            "frames",
+            "log_every",
+            "save_every",
+            "keep",
+            "validate_every",
+        ):
+            if getattr(self, name) < 1:
+                raise UsageError(f"unsupported {name}: `{getattr(self, name)}`", hint="use 1 or more")
+        if self.batch % self.accumulate:
+            raise UsageError(f"batch `{self.batch}` does not divide into {self.accumulate} micro-batches")
+        if self.frames % 4 != 1:
+            raise UsageError(f"unsupported frames: `{self.frames}`", hint="use 4k + 1, such as 5, 9 or 21")
+        if self.crop % 16:
+            raise UsageError(f"unsupported crop: `{self.crop}`", hint="use a multiple of 16")
+        _one_of("schedule", self.schedule, ("cosine", "constant"))
+        _one_of("dtype", self.dtype, ("bfloat16", "float32"))
+        _one_of("device", self.device, ("auto", "cpu", "cuda"))
+
+
+@dataclass(frozen=True)
+class VAEConfig(StageConfig):
+    """TinyVAE (ours: the paper leaves a task-specific autoencoder to future work)."""
+
+    steps: int = 6000
+    learning_rate: float = 1e-3
+    crop: int = 96
+    weight_decay: float = 1e-4
+    free_every: int = 4  # every so many updates decode without a latent; 0: none does
+    latent_noise: float = 0.5  # largest standard deviation of the noise on the unit-variance latent
+    gradient_weight: float = 0.5
+    temporal_weight: float = 0.3
+    statistics_momentum: float = 0.01
+
+
+@dataclass(frozen=True)
+class BaseConfig(StageConfig):
+    """LQ-conditioned flow matching (paper section 3.1)."""
+
+    steps: int = 3000
+    learning_rate: float = 5e-4
+    weight_decay: float = 0.01
+    shift: float = 2.0
+    prompt_dropout: float = 0.1
+    sharpness: float = (
+        0.0  # presets that learn their prompt: HQ below this variance of the Laplacian gets the null prompt
+    )
+
+
+@dataclass(frozen=True)
+class LatentsConfig(StageConfig):
+    """Latents of `samples` random crops, kept on disk."""
+
+    samples: int = 10_000
+
+
+@dataclass(frozen=True)
+class CFGConfig(StageConfig):
+    """Stage I, guidance distillation (eq. 4)."""
+
+    steps: int = 500  # paper
+    guidance: float = 1.0  # w of eq. 4; the paper does not say (SeedVR2's teacher: 6.5)
+    shift: float = 2.0
+
+
+@dataclass(frozen=True)
+class ProgressiveConfig(StageConfig):
+    """Stage I, progressive distillation (eq. 5). `steps` is that of one round."""
+
+    steps: int = 500  # paper
+    start: int = 64  # the teacher's sampling steps; halved every round down to 1 (paper)
+    shift: float = 2.0
+    weighting: str = "velocity"  # |v - v*|^2; or `paper`, eq. 5 as printed: times (t - t'')^2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.start < 2 or self.start & (self.start - 1):
+            raise UsageError(f"unsupported start: `{self.start}`", hint="use a power of two from 2 on")
+        _one_of("weighting", self.weighting, ("velocity", "paper"))
+
+    @property
+    def rounds(self) -> int:
+        return self.start.bit_length() - 1
+
+
+@dataclass(frozen=True)
+class DualConfig(StageConfig):
+    """Stage II, dual-stream distillation (eq. 6-8, Algorithm 1); `steps` counts student updates."""
+
+    steps: int = 2000  # paper; it may mean all updates, see `count`
+    count: str = "student"  # what `steps` counts: student, or all (auxiliary updates too)
+    auxiliary: int = 3  # N, auxiliary updates for each student update (paper)
+    learning_rate: float = 5e-5
+    fake_rate: float = 1e-4
+    head_rate: float = 1e-4
+    beta1: float = 0.0
+    beta2: float = 0.999
+    ema: float = 0.99
+    shift: float = 5.0
+    sigma_range: tuple[float, float] = (0.02, 0.98)  # DMD2
+    guidance: float = 0.0  # of the real score: 0 where it is guidance-distilled
+    dmd_weight: float = 1.0  # paper
+    gan_weight: float = 0.1  # paper
+    matching_weight: float = 0.05  # paper
+    streams: str = "joint"  # Table 4: joint, dmd, gan, or sequential (DMD, then from half of the steps on GAN)
+    features: str = "both"  # Table 5: both, real, or fake
+    discriminator_input: str = "noised"  # section 8: noised, or clean
+    head_width: int = 256
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _one_of("count", self.count, ("student", "all"))
+        _one_of("streams", self.streams, ("joint", "dmd", "gan", "sequential"))
+        _one_of("features", self.features, ("both", "real", "fake"))
+        _one_of("discriminator_input", self.discriminator_input, ("noised", "clean"))
+
+
+@dataclass(frozen=True)
+class PrefsConfig(StageConfig):
+    """Stage III, preference pairs (section 7.2). `steps` x `batch` LQ clips are looked at."""
+
+    steps: int = 250
+    pairs: int = 2000  # paper
+    candidates: int = 5  # paper
+    rankers: tuple[str, ...] = ("ssim", "detail", "steady")  # need nothing more; paper: lpips, musiq, dover
+
+
+@dataclass(frozen=True)
+class DPOConfig(StageConfig):
+    """Stage III, flow DPO (eq. 9)."""
+
+    steps: int = 1000  # paper
+    learning_rate: float = 1e-5
+    beta: float = 100.0  # Flow-GRPO's, with errors averaged over elements
+    shift: float = 5.0  # timesteps: logit-normal, moved towards 1, where the student is called
+    only_noise: bool = False  # t = 1 alone: linear in the output, stop early
+
+
+@dataclass(frozen=True)
+class RefineConfig(StageConfig):
+    """Student and decoder together in pixels (ours)."""
+
+    steps: int = 2400
+    learning_rate: float = 5e-4
+    batch: int = 3
+    crop: int = 128
+    discriminator_rate: float = 2e-4
+    gradient_weight: float = 0.5
+    temporal_weight: float = 0.3
+    adversarial_weight: float = 0.02
+    adversarial_start: int = 1200  # step; pixels first: they are cheaper, and settle the decoder
+    discriminator_lead: int = 200  # steps that the discriminator learns alone before
+    anchor_weight: float = 0.05  # how far the student may leave what it was distilled to
+    faithful_weight: float = 0.3
+    faithful_every: int = 4  # steps; the latent-free decode needs little and costs a fifth of a step
+
+
+@dataclass(frozen=True)
+class TuneConfig(RefineConfig):
+    """A trained model adapted to somebody's own footage: a pool of it, and a short refinement."""
+
+    steps: int = 600
+    learning_rate: float = 2e-4
+    adversarial_start: int = 100
+    discriminator_lead: int = 100
+    ema: float = 0.995
+    samples: int = 300  # windows of the pool
+    stills: float = 0.0  # part of them from photos
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Stages in order, for a preset."""
+
+    preset: str
+    stages: dict[str, StageConfig] = field(default_factory=dict)
+
+
+_PAPER: dict[str, Any] = {
+    "crop": 720,  # the paper does not say
+    "frames": 21,
+    "checkpointing": True,
+    "beta2": 0.999,
+    "schedule": "constant",
+}
+
+RECIPES: dict[str, Recipe] = {
+    "tiny": Recipe(
+        "tiny",
+        {
+            "vae": VAEConfig(),
+            "base": BaseConfig(),
+            "cfg": CFGConfig(),
+            "progressive": ProgressiveConfig(steps=150, start=64),
+            "dual": DualConfig(steps=1000),
+            "prefs": PrefsConfig(pairs=500, steps=63),
+            "dpo": DPOConfig(steps=300),
+            "refine": RefineConfig(),
+        },
+    ),
+    "paper": Recipe(
+        "1.3b",
+        {
+            "base": BaseConfig(steps=10_000, batch=64, learning_rate=1e-5, shift=5.0, **_PAPER),
+            "cfg": CFGConfig(steps=500, batch=32, learning_rate=1e-6, guidance=4.0, shift=5.0, **_PAPER),
+            "progressive": ProgressiveConfig(steps=500, batch=32, learning_rate=1e-6, shift=5.0, **_PAPER),
+            "dual": DualConfig(
+                steps=2000, batch=32, learning_rate=2e-6, fake_rate=2e-6, head_rate=2e-5, clip=10.0, **_PAPER
+            ),
+            "prefs": PrefsConfig(rankers=("lpips", "musiq", "dover"), **_PAPER),
+            "dpo": DPOConfig(steps=1000, batch=32, learning_rate=1e-6, **_PAPER),
+        },
+    ),
+}

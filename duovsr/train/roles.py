@@ -1,0 +1,174 @@
+"""The networks of the stages by their roles: student, teacher, real_score, fake_score, reference; and the autoencoder.
+
+A role is a copy of one class; what is frozen says so where it is made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from duovsr.errors import TrainError, UsageError
+from duovsr.model import flow
+from duovsr.model.layers import channels_last
+from duovsr.model.prompt import Prompt
+from duovsr.model.tiny_vae import TinyVAE
+from duovsr.model.transformer import Transformer
+from duovsr.options import Preset
+from duovsr.train.data import LatentPool, Latents, PairPool, Pool, sharpness
+from duovsr.train.draws import Draws
+from duovsr.train.loop import Run
+from duovsr.train.options import StageConfig
+from duovsr.train.runs import Weights, pick
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+class DiffusionModel(nn.Module):
+    """A transformer and its condition tokens: what the stages train, copy and freeze as one."""
+
+    def __init__(self, preset: Preset) -> None:
+        super().__init__()
+        self.transformer = Transformer(preset.transformer)
+        self.prompt = Prompt(preset.transformer)
+
+    def forward(self, noisy: Tensor, lq: Tensor, sigma: Tensor, dropped: Tensor | None = None) -> Tensor:
+        """Velocity (B, C, T, H, W) float32 at sigma (B,) in [0, 1]; `dropped` (B,) bool: with the null prompt."""
+        tokens = self.prompt.tokens(noisy.shape[0], dropped)
+        velocity: Tensor = self.transformer(noisy, lq, flow.TIMESTEP_SCALE * sigma, tokens)[0]
+        return velocity
+
+
+class LatentSource(Protocol):
+    def latents(self, draws: Draws) -> Latents: ...
+
+
+class EncodedFrames:
+    """Latents of a pool's crops, encoded as they are needed."""
+
+    def __init__(self, pool: Pool, vae: nn.Module, run: Run) -> None:
+        pool.require(run.config.crop, run.config.frames)
+        self.pool, self.vae, self.run = pool, vae, run
+
+    def latents(self, draws: Draws) -> Latents:
+        config = self.run.config
+        hq, lq = self.pool.frames(draws, config.crop, config.frames)
+        z0, z_lq = encode(self.vae, torch.cat([hq, lq]), self.run).chunk(2)
+        return Latents(z0, z_lq, sharpness(hq))
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a stage is given: the preset, data, held-out data, and the weights it starts from."""
+
+    preset: Preset
+    data: Pool | LatentPool | PairPool | None = None
+    held_out: Pool | None = None
+    init: Weights | None = None
+    source: Path = Path()  # of `init`, for messages
+
+    def has(self, name: str) -> bool:
+        return self.init is not None and name in self.init
+
+    def weights(self, name: str) -> dict[str, Tensor]:
+        """Raises UsageError without a run to start from, InputError where it lacks the module."""
+        if self.init is None:
+            raise UsageError("this stage needs a run to start from", hint="add `--init RUN`")
+        return pick(self.init, name, self.source)
+
+    def frames(self, config: StageConfig) -> Pool:
+        if not isinstance(self.data, Pool):
+            raise UsageError("this stage trains on frames", hint="give it a pool, not cached latents")
+        self.data.require(config.crop, config.frames)
+        return self.data
+
+    def autoencoder(self, run: Run) -> TinyVAE:
+        """The autoencoder of `init`, frozen, on this process's device."""
+        vae = new_autoencoder(self.preset)
+        vae.load_state_dict(self.weights("vae"), strict=True)
+        return frozen(vae).to(run.device)
+
+    def latents(self, run: Run, vae: nn.Module) -> LatentSource:
+        if isinstance(self.data, LatentPool):
+            return self.data
+        return EncodedFrames(self.frames(run.config), vae, run)
+
+    def pairs(self) -> PairPool:
+        if not isinstance(self.data, PairPool):
+            raise UsageError("this stage trains on preference pairs", hint="make them with `duovsr train prefs`")
+        return self.data
+
+    def held_out_latents(self, run: Run, vae: nn.Module) -> LatentSource | None:
+        return None if self.held_out is None else EncodedFrames(self.held_out, vae, run)
+
+
+def diffusion_model(preset: Preset, weights: Mapping[str, Tensor], run: Run, *, trained: bool) -> DiffusionModel:
+    model = DiffusionModel(preset)
+    model.load_state_dict(weights, strict=True)
+    model.transformer.checkpointing = trained and run.config.checkpointing
+    return model if trained else frozen(model)
+
+
+def new_autoencoder(preset: Preset) -> TinyVAE:
+    if preset.vae is None:
+        raise TrainError(f"preset `{preset.name}` has no autoencoder that duovsr trains", hint="use `--preset tiny`")
+    return channels_last(TinyVAE(preset.vae))
+
+
+def frozen(module: Module) -> Module:
+    return module.requires_grad_(False).eval()
+
+
+@torch.no_grad()
+def encode(vae: nn.Module, frames: Tensor, run: Run) -> Tensor:
+    """Latents of frames (B, 3, T, H, W), float32, without gradient."""
+    with run.autocast():
+        latents: Tensor = vae.encode(frames)[0]  # type: ignore[operator]
+    return latents.float()
+
+
+def ode_solution(
+    model: nn.Module, eps: Tensor, z_lq: Tensor, steps: int, shift: float, *, guidance: float = 0.0
+) -> Tensor:
+    """Euler from sigma 1 to 0 on the shifted grid: the model's x0 for this noise."""
+    grid = flow.shift_sigma(torch.linspace(1, 0, steps + 1, device=eps.device), shift)
+    z = eps
+    for sigma, following in zip(grid, grid[1:], strict=False):
+        at, to = sigma.expand(z.shape[0]), following.expand(z.shape[0])
+        z = flow.euler_step(z, guided_velocity(model, z, z_lq, at, guidance), at, to)
+    return z
+
+
+def guided_velocity(model: nn.Module, noisy: Tensor, z_lq: Tensor, sigma: Tensor, guidance: float) -> Tensor:
+    """v_cfg = (1 + w) v(c) - w v(null) of eq. 4."""
+    positive: Tensor = model(noisy, z_lq, sigma)
+    if guidance == 0:
+        return positive
+    everything = torch.ones(noisy.shape[0], dtype=torch.bool, device=noisy.device)
+    return (1 + guidance) * positive - guidance * model(noisy, z_lq, sigma, everything)
+
+
+def ode_restore(
+    run: Run, preset: Preset, vae: TinyVAE, model: nn.Module, steps: int, shift: float
+) -> Callable[[Tensor, Tensor, Draws], Tensor]:
+    """LQ frames -> restored frames by `steps` sampling steps, as `Validation` wants it."""
+
+    def restore(hq: Tensor, lq: Tensor, draws: Draws) -> Tensor:
+        z_lq = encode(vae, lq, run)
+        with run.autocast():
+            z = ode_solution(model, draws.normal_like(z_lq, preset.shared_noise), z_lq, steps, shift)
+            frames, _ = vae.decode(z, lq)
+        return frames
+
+    return restore
+
+
+def one_step(student: nn.Module, eps: Tensor, z_lq: Tensor) -> Tensor:
+    """z_0 of a single step from pure noise: eps - v(eps, 1)."""
+    sigma = torch.ones(eps.shape[0], device=eps.device)
+    return flow.x0_from_velocity(eps, student(eps, z_lq, sigma), sigma)

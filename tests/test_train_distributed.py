@@ -1,0 +1,101 @@
+"""A job of many processes trains as one does, and survives what kills it (gloo on the CPU)."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+SETTINGS = ["batch=6", "crop=32", "save_every=2", "log_every=1", "warmup=1", "dtype=float32", "device=cpu"]
+
+
+def launch(processes: int, *arguments: object, restarts: int = 0, check: bool = True, **environment: str) -> int:
+    """Run `tests.train_worker` on its own or under torchrun; its exit code."""
+    command = [sys.executable, "-m"]
+    if processes > 1:
+        command += ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        command += [f"--max-restarts={restarts}", "-m"]
+    command += ["tests.train_worker", *map(str, arguments)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
+    assert not check or done.returncode == 0, done.stderr[-3000:]
+    return done.returncode
+
+
+def losses(run: Path) -> dict[int, float]:
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return {record["step"]: record["loss"] for record in records if "loss" in record}
+
+
+@pytest.fixture(scope="module")
+def vae(training_pool: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "vae"
+    launch(1, "vae", out, training_pool, "-", *SETTINGS, "steps=1")
+    return out
+
+
+@pytest.fixture(scope="module")
+def alone(training_pool: Path, vae: Path) -> Path:
+    """A run of one process."""
+    out = vae.parent / "alone"
+    launch(1, "base", out, training_pool, vae, *SETTINGS, "steps=6")
+    return out
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_two_processes_train_as_one(
+    training_pool: Path, vae: Path, alone: Path, tmp_path: Path, accumulate: int
+) -> None:
+    launch(2, "base", tmp_path, training_pool, vae, *SETTINGS, "steps=6", f"accumulate={accumulate}")
+    assert losses(tmp_path) == pytest.approx(losses(alone), abs=1e-4)
+    mine, theirs = (torch.load(run / "final.pt", weights_only=True)["model"] for run in (tmp_path, alone))
+    assert max((mine[name] - theirs[name]).abs().max() for name in mine) < 1e-4
+
+
+def test_a_checkpoint_of_two_processes_is_the_same_on_one_and_three(tmp_path: Path) -> None:
+    launch(2, "state", tmp_path / "checkpoints")
+    states: list[Any] = []
+    for processes in (1, 3):
+        launch(processes, "state", tmp_path / "checkpoints", tmp_path / f"{processes}.pt")
+        states.append(torch.load(tmp_path / f"{processes}.pt", weights_only=False))
+    leaves = [torch.utils._pytree.tree_leaves(state) for state in states]
+    tensors = [[leaf for leaf in each if isinstance(leaf, torch.Tensor)] for each in leaves]
+    assert len(tensors[0]) > 50
+    for mine, theirs in zip(*tensors, strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def kills(count: int, folder: Path, steps: int) -> str:
+    """Deaths of random ranks at random steps, each once."""
+    chosen = random.Random(0)
+    return ",".join(f"{chosen.randrange(steps)}:{chosen.randrange(2)}:{folder / f'died{n}'}" for n in range(count))
+
+
+@pytest.mark.parametrize("count", [2, pytest.param(10, marks=pytest.mark.slow)])
+def test_killed_ranks_end_at_the_target(
+    training_pool: Path, vae: Path, alone: Path, tmp_path: Path, count: int
+) -> None:
+    deaths = kills(count, tmp_path, 6)
+    arguments = ("base", tmp_path / "run", training_pool, vae, *SETTINGS, "steps=6")
+    launch(2, *arguments, restarts=3 * count, DIE=deaths)
+    assert len(list(tmp_path.glob("died*"))) >= 1
+    assert losses(tmp_path / "run") == pytest.approx(losses(alone), abs=1e-4)
+
+
+def test_a_checkpoint_cut_short_is_not_picked_up(training_pool: Path, vae: Path, alone: Path, tmp_path: Path) -> None:
+    arguments = ("base", tmp_path / "run", training_pool, vae, *SETTINGS, "steps=6")
+    marker = tmp_path / "died"
+    assert launch(1, *arguments, check=False, DIE_WRITING=str(marker)) == -9
+    checkpoints = tmp_path / "run" / "checkpoints"
+    assert (checkpoints / "latest").read_text() == "step_00000002"
+    assert (checkpoints / "step_00000004").exists()  # the one that was being written
+    launch(1, *arguments, DIE_WRITING=str(marker))
+    assert losses(tmp_path / "run") == pytest.approx(losses(alone), abs=1e-6)

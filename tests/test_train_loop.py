@@ -1,0 +1,148 @@
+"""The training loop: what it promises of resuming, micro-batches, signals, checkpoints and validation."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from duovsr.errors import TrainError
+from duovsr.train.distributed import World
+from duovsr.train.draws import Draws
+from duovsr.train.loop import Ema, Interrupted, Metrics, Run, Trained, learning_rate_factor, run_loop
+from duovsr.train.options import StageConfig
+from duovsr.train.runs import load_weights
+
+CPU = torch.device("cpu")
+ALONE = World(0, 1, CPU)
+
+
+def records(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def fit_line(out: Path, hook: Callable[[int], None] = lambda n: None, **settings: Any) -> Tensor:
+    """A run of the loop on a linear model; its averaged weight."""
+    config = StageConfig(steps=9, batch=4, save_every=2, log_every=1, warmup=2, ema=0.9)
+    run = Run(out, replace(config, **settings), ALONE)
+    torch.manual_seed(0)
+    line = nn.Linear(3, 1)
+    optimizer = torch.optim.AdamW(line.parameters(), 0.1)
+
+    def loss_of(each: Draws) -> tuple[Tensor, Metrics]:
+        x = torch.stack([torch.randn(3, generator=g) for g in each.generators])
+        loss = (line(x) - x.sum(1, keepdim=True)).square().mean()
+        return loss, {"loss": loss}
+
+    def step(n: int) -> Metrics:
+        hook(n)
+        return run.update([optimizer], loss_of, n)
+
+    run_loop(run, Trained({"line": line}, {"line": optimizer}, ("line",)), step)
+    return load_weights(out)["line"]["weight"]
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("at", range(1, 9))
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path, at: int) -> None:
+    whole = fit_line(tmp_path / "whole")
+
+    def kill(n: int) -> None:
+        if n == at:
+            raise Killed
+
+    with pytest.raises(Killed):
+        fit_line(tmp_path / "killed", kill)
+    assert torch.equal(fit_line(tmp_path / "killed"), whole)
+    traces = [[(r["step"], r["loss"]) for r in records(tmp_path / name)] for name in ("whole", "killed")]
+    assert traces[0] == traces[1]
+
+
+def test_micro_batches_change_nothing(tmp_path: Path) -> None:
+    whole, parts = (fit_line(tmp_path / str(n), accumulate=n) for n in (1, 4))
+    torch.testing.assert_close(parts, whole, rtol=0, atol=1e-6)
+
+
+def test_sigterm_saves_and_the_same_command_goes_on(tmp_path: Path) -> None:
+    whole = fit_line(tmp_path / "whole")
+
+    def terminate(n: int) -> None:
+        if n == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Interrupted, match="interrupted at step 5 of 9; saved"):
+        fit_line(tmp_path / "stopped", terminate)
+    assert not (tmp_path / "stopped" / "final.pt").exists()
+    assert torch.equal(fit_line(tmp_path / "stopped"), whole)
+
+
+def test_only_the_last_checkpoints_are_kept(tmp_path: Path) -> None:
+    fit_line(tmp_path, keep=2)
+    assert sorted(p.name for p in (tmp_path / "checkpoints").glob("step_*")) == ["step_00000008", "step_00000009"]
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
+    run = Run(tmp_path, StageConfig(steps=4, batch=1), ALONE)
+    line = nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(line.parameters(), lr=1.0)
+
+    def step(n: int) -> Metrics:
+        def loss_of(each: Draws) -> tuple[Tensor, Metrics]:
+            loss = line(torch.ones(1)).sum() * (math.inf if n == 2 else 1)
+            return loss, {"loss": loss}
+
+        return run.update([optimizer], loss_of, n)
+
+    with pytest.raises(TrainError, match=r"not finite at step 2 \(loss -?inf\)"):
+        run_loop(run, Trained({"m": line}, {"o": optimizer}, ("m",)), step)
+    assert line.weight.isfinite().all()
+    assert not (tmp_path / "final.pt").exists()
+
+
+def test_the_schedule_warms_up_and_falls_to_zero() -> None:
+    config = StageConfig(steps=100, warmup=10)
+    factors = [learning_rate_factor(n, 100, config) for n in range(100)]
+    assert factors[0] == pytest.approx(0.1, rel=0.01)
+    assert max(factors) == factors[9] or max(factors) == factors[10]
+    assert factors[-1] < 0.001
+    assert learning_rate_factor(99, 100, replace(config, schedule="constant")) == 1.0
+
+
+def test_the_average_can_be_worn_and_taken_off() -> None:
+    line = nn.Linear(2, 2)
+    ema = Ema(line, 0.5)
+    before = line.weight.detach().clone()
+    with torch.no_grad():
+        line.weight += 1.0
+    ema.update(1000)
+    with ema.applied():
+        torch.testing.assert_close(line.weight, before + 0.5)
+    torch.testing.assert_close(line.weight, before + 1.0)
+
+
+def test_validation_keeps_the_best_and_can_stop_a_run(tmp_path: Path) -> None:
+    run = Run(tmp_path, StageConfig(steps=20, batch=1, validate_every=2, patience=2, ema=0.0), ALONE)
+    line = nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(line.parameters(), lr=0.0)
+    scores = iter([3.0, 1.0, 2.0, 4.0, 0.0])
+
+    def step(n: int) -> Metrics:
+        return run.update([optimizer], lambda each: (line(torch.ones(1)).sum(), {}), n)
+
+    trained = Trained({"m": line}, {"o": optimizer}, ("m",), validate=lambda done: {"score": next(scores)})
+    run_loop(run, trained, step)
+    assert [r["validation_score"] for r in records(tmp_path) if "validation_score" in r] == [3.0, 1.0, 2.0, 4.0]
+    assert (tmp_path / "best.pt").exists()
+    assert next(scores) == 0.0

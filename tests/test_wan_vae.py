@@ -1,0 +1,181 @@
+"""The Wan2.1 VAE: its exact size, streamed = whole, and equality with `diffusers` (itself, or its stored outputs)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import seeded
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+from duovsr.model.key_maps import to_original
+from duovsr.model.tiny_vae import VAEState
+from duovsr.model.wan_vae import LATENT_MEAN, LATENT_STD, ChannelNorm, WanVAE, WanVAEConfig
+
+GOLDEN = Path(__file__).parent / "data" / "wan_vae.safetensors"  # save_file(diffusers_outputs(small), GOLDEN)
+SMALL = WanVAEConfig(dim=8)
+
+
+@pytest.fixture(scope="module")
+def small() -> WanVAE:
+    vae = WanVAE(SMALL)
+    seeded.fill(vae)
+    return vae
+
+
+def clip(B: int, T: int, H: int, W: int) -> Tensor:
+    return (0.5 * seeded.normal(99, B, 3, T, H, W)).clamp(-1, 1)
+
+
+def in_parts(
+    step: Callable[[Tensor, VAEState | None], tuple[Tensor, VAEState]], x: Tensor, cuts: list[int]
+) -> tuple[Tensor, VAEState | None]:
+    state, parts = None, []
+    for start, end in pairwise(cuts):
+        part, state = step(x[:, :, start:end], state)
+        parts.append(part)
+    return torch.cat(parts, dim=2), state
+
+
+def test_it_has_wans_parameters() -> None:
+    with torch.device("meta"):
+        vae = WanVAE(WanVAEConfig())
+    assert sum(p.numel() for p in vae.parameters()) == 126_892_531
+    assert sum(p.numel() for p in vae.encoder.parameters()) == 53_595_872
+    assert sum(p.numel() for p in vae.decoder.parameters()) == 73_295_331
+    shapes = {name: tuple(tensor.shape) for name, tensor in vae.state_dict().items()}
+    assert len(shapes) == 194
+    assert shapes["encoder.downsamples.6.shortcut.weight"] == (384, 192, 1, 1, 1)
+    assert shapes["encoder.downsamples.5.time_conv.weight"] == (192, 192, 3, 1, 1)
+    assert shapes["encoder.downsamples.2.resample.1.bias"] == (96,)
+    assert shapes["encoder.head.0.gamma"] == (384, 1, 1, 1)
+    assert shapes["decoder.middle.1.to_qkv.weight"] == (1152, 384, 1, 1)
+    assert shapes["decoder.middle.1.norm.gamma"] == (384, 1, 1)
+    assert shapes["decoder.upsamples.4.residual.2.weight"] == (384, 192, 3, 3, 3)
+    assert shapes["decoder.upsamples.7.time_conv.weight"] == (768, 384, 3, 1, 1)
+
+
+@pytest.mark.parametrize("cuts", [[0, 1, 5, 9, 13, 17], [0, 1, 17], [0, 5, 17], [0, 13, 17]])
+def test_streamed_equals_whole(small: WanVAE, cuts: list[int]) -> None:
+    frames = clip(2, 17, 24, 40)
+    latents, _ = small.encode(frames)
+    assert latents.shape == (2, 16, 5, 3, 5) and latents.dtype == torch.float32
+    streamed, _ = in_parts(small.encode, frames, cuts)
+    assert_close(streamed, latents, rtol=0, atol=1e-5)
+
+    decoded, _ = small.decode(latents)
+    assert decoded.shape == frames.shape and decoded.dtype == torch.float32
+    streamed, _ = in_parts(small.decode, latents, [(cut + 3) // 4 for cut in cuts])
+    assert_close(streamed, decoded, rtol=0, atol=1e-5)
+
+
+def test_one_frame_is_a_clip(small: WanVAE) -> None:
+    frames = clip(1, 5, 16, 16)
+    image, _ = small.encode(frames[:, :, :1])
+    latents, _ = small.encode(frames)
+    assert_close(image, latents[:, :, :1], rtol=0, atol=1e-5)
+    assert_close(small.decode(image)[0], small.decode(latents)[0][:, :, :1], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("frames", "started"), [(4, False), (6, False), (5, True)])
+def test_a_frame_count_that_fits_no_latent_is_a_mistake(small: WanVAE, frames: int, started: bool) -> None:
+    state = small.encode(clip(1, 1, 8, 8))[1] if started else None
+    with pytest.raises(AssertionError, match=f"{frames} frames"):
+        small.encode(clip(1, frames, 8, 8), state)
+
+
+@pytest.mark.parametrize(("direction", "count"), [("encode", 24), ("decode", 32)])
+def test_the_state_is_bounded_and_holds_nothing_else_alive(small: WanVAE, direction: str, count: int) -> None:
+    x = clip(1, 17, 16, 16) if direction == "encode" else seeded.normal(98, 1, 16, 5, 2, 2)
+    _, short = in_parts(getattr(small, direction), x, [0, 1])
+    _, long = in_parts(getattr(small, direction), x, [0, 1, x.shape[2]])
+    assert short is not None and long is not None
+    assert len(short.memories) == len(long.memories) == count
+    assert [memory.shape for memory in short.memories] == [memory.shape for memory in long.memories]
+    for memory in long.memories:
+        assert memory.untyped_storage().nbytes() == memory.numel() * memory.element_size()
+
+
+@pytest.mark.parametrize("B", [1, 2])
+@pytest.mark.parametrize("cuts", [[0, 5, 9], [0, 1, 9]])
+def test_no_layer_breaks_channels_last(small: WanVAE, B: int, cuts: list[int]) -> None:
+    """It would cost two transposes a convolution on a GPU."""
+    seen = []
+
+    def check(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        layout = torch.channels_last if output.dim() == 4 else torch.channels_last_3d
+        seen.append(args[0].is_contiguous(memory_format=layout))
+        return output.contiguous(memory_format=layout)  # as cuDNN does; some of torch's CPU kernels do not
+
+    hooks = [m.register_forward_hook(check) for m in small.modules() if isinstance(m, nn.Conv2d | nn.Conv3d)]
+    latents, _ = in_parts(small.encode, clip(B, 9, 16, 24), cuts)
+    in_parts(small.decode, latents, [(cut + 3) // 4 for cut in cuts])
+    for hook in hooks:
+        hook.remove()
+    assert len(seen) >= 2 * len(hooks) - 4  # the four convolutions in time do not see a lone first frame
+    assert all(seen)
+
+
+def test_bfloat16_stays_close(small: WanVAE) -> None:
+    half = WanVAE(SMALL)
+    half.load_state_dict(small.state_dict())
+    half.bfloat16()
+    frames = clip(1, 5, 16, 16)
+    latents, _ = small.encode(frames)
+    assert (half.encode(frames)[0] - latents).abs().max() < 0.05
+    decoded, expected = half.decode(latents)[0], small.decode(latents)[0]
+    assert decoded.dtype == torch.float32
+    assert (decoded - expected).abs().max() < 0.05 * expected.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_norm_keeps_zeros(dtype: torch.dtype) -> None:
+    assert not ChannelNorm(4).to(dtype)(torch.zeros(1, 4, 1, 2, 2, dtype=dtype)).any()
+
+
+def golden_frames() -> Tensor:
+    return clip(1, 9, 16, 24)
+
+
+def diffusers_outputs(vae: WanVAE) -> dict[str, Tensor]:
+    """Latents of `golden_frames` and what they decode to, by `AutoencoderKLWan` with the weights of `vae`."""
+    diffusers = pytest.importorskip("diffusers")
+    theirs = diffusers.AutoencoderKLWan(base_dim=SMALL.dim, z_dim=16).requires_grad_(False).eval()
+    original = to_original(theirs.state_dict())
+    for name, tensor in vae.state_dict().items():
+        original[name].copy_(tensor)  # in place: these are the parameters of `theirs`
+    mean, std = (torch.tensor(values).view(1, -1, 1, 1, 1) for values in (LATENT_MEAN, LATENT_STD))
+    latents = (theirs.encode(golden_frames()).latent_dist.mode() - mean) / std
+    return {"latents": latents, "frames": theirs.decode(latents * std + mean).sample}
+
+
+def assert_same_outputs(vae: WanVAE, expected: dict[str, Tensor]) -> None:
+    latents, _ = vae.encode(golden_frames())
+    assert_close(latents, expected["latents"], rtol=0, atol=1e-5)
+    frames, _ = vae.decode(expected["latents"])
+    assert frames.abs().lt(1).float().mean() > 0.9, "nearly all is clamped: nothing to compare"
+    assert_close(frames.clamp(-1, 1), expected["frames"], rtol=0, atol=1e-5)
+
+
+def test_it_equals_diffusers(small: WanVAE) -> None:
+    expected = diffusers_outputs(small)
+    assert_same_outputs(small, expected)
+    for name, tensor in load_file(GOLDEN).items():
+        assert_close(tensor, expected[name], rtol=0, atol=1e-5)
+
+
+def test_it_equals_the_stored_outputs_of_diffusers(small: WanVAE) -> None:
+    assert_same_outputs(small, load_file(GOLDEN))
+
+
+def test_the_latents_constants_are_diffusers_own() -> None:
+    diffusers = pytest.importorskip("diffusers")
+    with torch.device("meta"):
+        config = diffusers.AutoencoderKLWan().config
+    assert tuple(config.latents_mean) == LATENT_MEAN
+    assert tuple(config.latents_std) == LATENT_STD
