@@ -222,6 +222,27 @@ def test_prefetch_hands_over_items_and_errors_in_order() -> None:
             next(items)
 
 
+def test_an_interrupt_while_the_thread_starts_leaves_the_items_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[threading.Thread] = []
+
+    def interrupted(self: threading.Thread) -> None:
+        started.append(self)
+        raise KeyboardInterrupt
+
+    def consume() -> None:
+        with pipeline.prefetch((taken.append(n) for n in range(5)), depth=2):
+            raise AssertionError("the interrupt comes before")
+
+    taken: list[int] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            consume()
+    started[0].start()  # it comes to life when the file is closed already
+    started[0].join()
+    assert taken == []
+
+
 def test_sink_raises_what_its_thread_raised() -> None:
     def refuse(item: int) -> None:
         raise OSError(f"refused {item}")

@@ -37,6 +37,8 @@ def prefetch(items: Iterable[Item], depth: int) -> Iterator[Iterator[Item]]:
         return False
 
     def work() -> None:
+        if stopped.is_set():  # Ctrl-C may come while the thread starts: `items` may be closed by now
+            return
         try:
             for item in items:
                 if not offer(item):
@@ -52,12 +54,13 @@ def prefetch(items: Iterable[Item], depth: int) -> Iterator[Iterator[Item]]:
             yield item  # type: ignore[misc]
 
     thread = threading.Thread(target=work, name="duovsr-decode", daemon=True)
-    thread.start()
     try:
+        thread.start()
         yield received()
     finally:
         stopped.set()
-        thread.join()
+        if thread.is_alive():
+            thread.join()
 
 
 class BackgroundSink(Generic[Item]):
