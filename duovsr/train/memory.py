@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from duovsr.model.transformer import Transformer
 from duovsr.options import PRESETS, Preset, TransformerConfig
-from duovsr.train.options import DualConfig, ProgressiveConfig, StageConfig
+from duovsr.train.options import RECIPES, DualConfig, ProgressiveConfig, StageConfig
 from duovsr.train.rfs_gan import Heads
 from duovsr.train.roles import DiffusionModel
 from duovsr.train.stages import Job
@@ -22,21 +22,28 @@ _ACTIVATION_BYTES = 2  # bfloat16
 
 @dataclass(frozen=True)
 class Roles:
-    """How many diffusion models a stage trains and keeps frozen, and how many graphs its largest update holds."""
+    """How many diffusion models a stage trains and keeps frozen, how many graphs its largest update holds, and its
+    passes a sample: forward ones without gradient, trained ones, and those that only pass the gradient on."""
 
     trained: int
     frozen: int
     graphs: int
+    forward: int
+    backward: int
+    through: int = 0
     samples: int = 1  # latents a sample: a preference pair has two
 
 
-ROLES = {
-    "base": Roles(1, 0, 1),
-    "cfg": Roles(1, 1, 1),
-    "progressive": Roles(1, 2, 1),
-    "dual": Roles(2, 1, 3),  # the student's gradient passes through both score models
-    "dpo": Roles(1, 1, 1, samples=2),
-}
+def roles_of(stage: str, config: StageConfig) -> Roles | None:
+    if isinstance(config, DualConfig):
+        N = config.auxiliary  # student, real score and both for the truth forward, the fake score trained
+        return Roles(2, 1, graphs=3, forward=N * 4 + 2, backward=N + 1, through=2)
+    return {
+        "base": Roles(1, 0, graphs=1, forward=0, backward=1),
+        "cfg": Roles(1, 1, graphs=1, forward=2, backward=1),
+        "progressive": Roles(1, 2, graphs=1, forward=2, backward=1),
+        "dpo": Roles(1, 1, graphs=1, forward=1, backward=1, samples=2),
+    }.get(stage)
 
 
 def describe(job: Job, config: Any, devices: int) -> dict[str, Any]:
@@ -52,10 +59,6 @@ def describe(job: Job, config: Any, devices: int) -> dict[str, Any]:
 
 
 def _at(job: Job, stage: str) -> Job:
-    from dataclasses import replace
-
-    from duovsr.train.options import RECIPES
-
     assert job.name is not None
     return replace(job, stage=stage, preset=RECIPES[job.name].preset)
 
@@ -68,9 +71,9 @@ def plan(stage: str, preset: Preset, config: StageConfig, devices: int) -> dict[
     if isinstance(config, DualConfig):
         updates += config.auxiliary
     planned: dict[str, Any] = {"steps": steps, "samples": steps * updates * config.batch, "devices": devices}
-    if stage not in ROLES:
+    roles = roles_of(stage, config)
+    if roles is None:
         return planned
-    roles = ROLES[stage]
     with torch.device("meta"):
         model = DiffusionModel(preset)
         heads = Heads(2 * preset.transformer.dim, 256, 3) if stage == "dual" else nn.Identity()
@@ -81,7 +84,11 @@ def plan(stage: str, preset: Preset, config: StageConfig, devices: int) -> dict[
     local_samples = max(1, config.batch // config.accumulate // devices) * roles.samples
     activations = roles.graphs * local_samples * activation_bytes(preset.transformer, config)
     total = weights / devices + gathered + activations
+    # A trained pass is one forward and two backward, one more where activations are recomputed.
+    again = int(config.checkpointing)
+    passes = roles.samples * (roles.forward + (3 + again) * roles.backward + (2 + again) * roles.through)
     return planned | {
+        "petaflop": round(steps * config.batch * passes * forward_flops(preset.transformer, config) / 1e15, 3),
         "parameters": {"diffusion_model": size, "heads": head_size, "trained": roles.trained * size + head_size},
         "memory_gib_a_device": {
             "weights_gradients_optimizer_ema": round(weights / devices / 2**30, 2),
@@ -93,36 +100,46 @@ def plan(stage: str, preset: Preset, config: StageConfig, devices: int) -> dict[
     }
 
 
+def tokens(stage: StageConfig) -> tuple[int, int]:
+    """Latent frames, and tokens of one."""
+    return (stage.frames - 1) // 4 + 1, (stage.crop // 16) ** 2
+
+
+def forward_flops(config: TransformerConfig, stage: StageConfig) -> float:
+    """Of one sample's pass through the transformer: 2 per multiplication."""
+    T, S = tokens(stage)
+    d, seen = config.dim, T * S
+    if config.window is not None:
+        seen = min(S, config.window.height * config.window.width) * (config.window.past + 1)
+    a_token = 12 * d**2 + 4 * d * config.ffn_dim + 4 * d * (config.text_length + seen)
+    return config.layers * T * S * float(a_token)
+
+
 def activation_bytes(config: TransformerConfig, stage: StageConfig) -> int:
     """Bytes that autograd keeps for one sample's pass through the transformer, in bfloat16.
 
     Counted by running blocks of the real class on meta with few tokens, where attention's quadratic part is
     negligible (the kernels used in training do not store it), and scaled by the number of tokens.
     """
-    tokens = ((stage.frames - 1) // 4 + 1) * (stage.crop // 16) ** 2
+    T, S = tokens(stage)
     one, two = (_saved_bytes(config, layers) for layers in (1, 2))
     block, rest = (two - one) / _PROBE_TOKENS, (2 * one - two) / _PROBE_TOKENS
     if stage.checkpointing:  # each block's input, and one block while it is recomputed
-        return int(tokens * (config.layers * config.dim * _ACTIVATION_BYTES + block + rest))
-    return int(tokens * (config.layers * block + rest))
+        return int(T * S * (config.layers * config.dim * _ACTIVATION_BYTES + block + rest))
+    return int(T * S * (config.layers * block + rest))
 
 
 _PROBE_TOKENS = 16
 
 
 def _saved_bytes(config: TransformerConfig, layers: int) -> int:
-    from dataclasses import replace
-
-    from duovsr.model.transformer import Transformer
-
     with torch.device("meta"):
         model = Transformer(replace(config, layers=layers, window=None, text_length=1)).to(torch.bfloat16)
         latents = torch.empty(1, config.latent_channels, 1, 8, 8, dtype=torch.bfloat16)  # 16 tokens
         text = torch.empty(1, 1, config.text_dim, dtype=torch.bfloat16)
         timestep = torch.empty(1)
     parameters = {p.untyped_storage()._cdata for p in model.parameters()}
-    kept: Mapping[int, int] = {}
-    seen: dict[int, int] = dict(kept)
+    seen: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
