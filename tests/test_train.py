@@ -219,6 +219,7 @@ def test_settings_reach_their_places(tmp_path: Path) -> None:
     assert settings("dual", "sigma_range=0.1,0.9").sigma_range == (0.1, 0.9)
     assert settings("prefs", "rankers=psnr").rankers == ("psnr",)
     assert settings("recipe", "dual.steps=3")["dual"].steps == 3
+    assert "dual" not in settings("recipe", "dual=off")
     assert settings("pool", "degradation.clean=0.5").degradation.clean == 0.5
     for stage, setting, words in (
         ("vae", "stepz=7", "unknown setting"),

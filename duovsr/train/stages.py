@@ -70,7 +70,7 @@ class Job:
 
 def resolve(job: Job, settings: list[str]) -> Any:
     """The stage's configuration with `settings` such as `steps=100`; of a recipe, {stage: configuration} with settings
-    such as `dual.steps=100`. Raises UsageError."""
+    such as `dual.steps=100`, or `dual=off` to leave a stage out. Raises UsageError."""
     if job.stage not in STAGES:
         raise UsageError(f"unknown stage: `{job.stage}`", hint=f"use one of: {', '.join(STAGES)}")
     if job.preset not in PRESETS:
@@ -171,8 +171,11 @@ def _named(job: Job) -> dict[str, object]:
 
 def _with_setting(config: Any, path: list[str], value: str, setting: str) -> Any:
     name, *rest = path
-    if isinstance(config, dict) and name in config and rest:
-        return {**config, name: _with_setting(config[name], rest, value, setting)}
+    if isinstance(config, dict) and name in config:
+        if not rest and value == "off":
+            return {stage: each for stage, each in config.items() if stage != name}
+        if rest:
+            return {**config, name: _with_setting(config[name], rest, value, setting)}
     if not is_dataclass(config) or isinstance(config, type) or name not in {field.name for field in fields(config)}:
         raise UsageError(f"unknown setting: `{setting}`", hint="see the stage's configuration with `--dry-run`")
     current = getattr(config, name)
