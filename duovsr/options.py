@@ -13,6 +13,18 @@ COLOR_TRANSFERS: tuple[str, ...] = ("wavelet", "adain", "none")
 DEVICES: tuple[str, ...] = ("auto", "cpu", "cuda", "mps")
 DTYPES: tuple[str, ...] = ("auto", "float32", "bfloat16", "float16")
 
+# Statistics of the latents, published with Wan2.1's VAE: the transformer sees (mu - mean) / std.
+# fmt: off
+WAN_LATENT_MEAN = (
+    -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
+    0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921,
+)
+WAN_LATENT_STD = (
+    2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
+    3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160,
+)
+# fmt: on
+
 
 @dataclass(frozen=True)
 class WindowConfig:
@@ -59,14 +71,46 @@ class TinyVAEConfig:
 
 
 @dataclass(frozen=True)
+class WanVAEConfig:
+    """Widths of the Wan2.1 VAE: `dim` x `multipliers` channels at 1/1, 1/2, 1/4 and 1/8 of the frame's size.
+
+    The defaults are Wan2.1's. `temporal_downsample`: whether a halving in space also halves the frame rate.
+    """
+
+    dim: int = 96
+    multipliers: tuple[int, ...] = (1, 2, 4, 4)
+    res_blocks: int = 2
+    temporal_downsample: tuple[bool, ...] = (False, True, True)
+    latent_mean: tuple[float, ...] = WAN_LATENT_MEAN
+    latent_std: tuple[float, ...] = WAN_LATENT_STD
+
+    @property
+    def latent_channels(self) -> int:
+        return len(self.latent_mean)
+
+    @property
+    def spatial_factor(self) -> int:
+        return 2 ** len(self.temporal_downsample)
+
+    @property
+    def temporal_factor(self) -> int:
+        return 2 ** sum(self.temporal_downsample)
+
+
+@dataclass(frozen=True)
 class Preset:
-    """A model that `--model` can name. `shared_noise`: the part of its noise's variance that latents share."""
+    """A model that `--model` can name.
+
+    `shared_noise`: the part of its noise's variance that latents share. `learned_prompt`: its condition tokens are
+    trained with it; otherwise they are stored states of a text encoder.
+    """
 
     name: str
     transformer: TransformerConfig
-    vae: TinyVAEConfig | None
+    vae: TinyVAEConfig | WanVAEConfig
     shared_noise: float = 0.0
     default_strength: float = 1.0
+    learned_prompt: bool = True
 
 
 PRESETS: dict[str, Preset] = {
@@ -87,7 +131,8 @@ PRESETS: dict[str, Preset] = {
     "1.3b": Preset(
         name="1.3b",
         transformer=TransformerConfig(dim=1536, ffn_dim=8960, heads=12, layers=30),
-        vae=None,
+        vae=WanVAEConfig(),
+        learned_prompt=False,
     ),
 }
 

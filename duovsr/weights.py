@@ -2,15 +2,20 @@
 
 A model is a folder with `transformer.safetensors`, `vae.safetensors` and `prompt.safetensors`; `manifest.json` beside
 the folders holds the sha256 of every file. The wheel carries the repository's `weights/` as `duovsr/_weights`.
+
+Wan2.1's checkpoints are read as they are published: the original repository's files or those of `diffusers`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import pickle
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -18,15 +23,29 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from duovsr.errors import InputError, UsageError
+from duovsr.model import key_maps
 from duovsr.model.layers import channels_last
 from duovsr.model.one_step import OneStepModel
 from duovsr.model.prompt import Prompt
 from duovsr.model.tiny_vae import TinyVAE
 from duovsr.model.transformer import Transformer
-from duovsr.options import PRESETS
+from duovsr.model.wan_vae import WanVAE
+from duovsr.options import PRESETS, Preset, TinyVAEConfig, WanVAEConfig
 
 EMBEDDED = "tiny"
 FILES = ("transformer.safetensors", "vae.safetensors", "prompt.safetensors")
+
+WanPart = Literal["transformer", "vae"]
+WAN_FILES: dict[WanPart, tuple[str, ...]] = {  # in a folder: our own name, diffusers', the original repository's
+    "transformer": (
+        FILES[0],
+        "transformer/*.index.json",
+        "transformer/*.safetensors",
+        "*.index.json",
+        "diffusion_pytorch_model*.safetensors",
+    ),
+    "vae": (FILES[1], "vae/*.safetensors", "Wan2.1_VAE.*", "diffusion_pytorch_model*.safetensors"),
+}
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -83,14 +102,13 @@ def load_model(name: str, device: torch.device, dtype: torch.dtype) -> OneStepMo
     """
     if name not in PRESETS:
         raise UsageError(f"unknown model: `{name}`", hint=f"use one of: {', '.join(shipped_models())}")
-    if name not in shipped_models() or PRESETS[name].vae is None:
+    preset, folder = PRESETS[name], weights_folder() / name
+    if name not in shipped_models() or not isinstance(preset.vae, TinyVAEConfig):
         raise UsageError(f"no weights for model `{name}` are shipped", hint=f"use `--model {EMBEDDED}`")
     for status in check_files(name):
         if not status.verified:
             found = "is missing" if status.sha256 is None else "does not match its sha256"
             raise InputError(f"model file {found}: `{status.path}`", hint="reinstall duovsr")
-    preset, folder = PRESETS[name], weights_folder() / name
-    assert preset.vae is not None
     with torch.device("meta"):
         transformer, vae = Transformer(preset.transformer), TinyVAE(preset.vae)
     transformer = load_strict(transformer, folder / FILES[0], device, dtype)
@@ -107,9 +125,15 @@ def shipped_models() -> list[str]:
 
 def load_strict(module: Module, path: Path, device: torch.device, dtype: torch.dtype) -> Module:
     """Fill a module built on the meta device: every key, and no other. Frozen, in evaluation mode."""
-    state = {name: tensor.to(device, dtype) for name, tensor in read_safetensors(path).items()}
+    return _filled(module, read_safetensors(path), path, device, dtype)
+
+
+def _filled(
+    module: Module, state: Mapping[str, Tensor], path: Path, device: torch.device, dtype: torch.dtype
+) -> Module:
+    placed = {name: tensor.to(device, dtype) for name, tensor in state.items()}
     try:
-        module.load_state_dict(state, strict=True, assign=True)
+        module.load_state_dict(placed, strict=True, assign=True)
     except RuntimeError as error:
         raise InputError(f"not weights of this model: `{path}` ({' '.join(str(error).split())[:160]})") from error
     return module.requires_grad_(False).eval()
@@ -121,6 +145,102 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except (OSError, SafetensorError) as error:
         raise InputError(f"cannot read model file: `{path}` ({error})") from error
+
+
+def load_transformer(path: Path, preset: Preset, device: torch.device, dtype: torch.dtype) -> Transformer:
+    """The preset's transformer from a file, an index of shards or a folder, in Wan2.1's layout or that of diffusers.
+
+    A text-to-video checkpoint is widened by zeros: it ignores the LQ until it is trained (`is_text_to_video`). Raises
+    InputError.
+    """
+    with torch.device("meta"):
+        transformer = Transformer(preset.transformer)
+    return _filled(transformer, read_transformer(path), path, device, dtype)
+
+
+def load_wan_vae(path: Path, config: WanVAEConfig, device: torch.device, dtype: torch.dtype) -> WanVAE:
+    """The Wan2.1 VAE from a file, an index of shards or a folder, in either layout. Raises InputError."""
+    with torch.device("meta"):
+        vae = WanVAE(config)
+    return _filled(vae, read_wan(path, "vae"), path, device, dtype)
+
+
+def is_text_to_video(path: Path) -> bool:
+    """Whether a transformer's checkpoint has no input for the LQ: it can start a training, but not upscale."""
+    state = read_wan(path, "transformer")
+    with _naming(path):
+        return key_maps.takes_only_noise(state)
+
+
+def read_transformer(path: Path) -> dict[str, Tensor]:
+    """The state dict of a transformer's checkpoint, original names, with input channels for the LQ latents."""
+    state = read_wan(path, "transformer")
+    with _naming(path):
+        return key_maps.widen_patch_embedding(state, 2 * key_maps.latent_channels(state))
+
+
+def read_wan(path: Path, part: WanPart) -> dict[str, Tensor]:
+    """The state dict, original names, of a file, an index of shards, or a folder that holds one of them."""
+    file = find_wan(path, part)
+    if file is None:
+        raise InputError(f"no {part} of Wan2.1's in folder: `{path}`", hint="name the file itself")
+    checkpoint = read_checkpoint(file)
+    with _naming(file):
+        return key_maps.to_original(checkpoint)
+
+
+def find_wan(path: Path, part: WanPart) -> Path | None:
+    """Where in folder `path` the part is; a file is itself. Raises InputError where it may be one of several files."""
+    if not path.is_dir():
+        return path
+    for pattern in WAN_FILES[part]:
+        files = sorted(path.glob(pattern))
+        if len(files) > 1:
+            names = ", ".join(file.name for file in files)
+            raise InputError(f"more than one {part} in folder: `{path}` ({names})", hint="name the file itself")
+        if files:
+            return files[0]
+    return None
+
+
+def read_checkpoint(path: Path) -> Mapping[str, object]:
+    """What a checkpoint holds: tensors by name, of which some may be nested, and perhaps other values.
+
+    `path`: a safetensors file, a pickle of torch's, from which no code is run, or the index (.json) of shards. Tensors
+    are mapped to memory, and read when they are used. Raises InputError.
+    """
+    if path.suffix != ".json":
+        return _read_file(path)
+    try:
+        places: dict[str, str] = json.loads(path.read_text())["weight_map"]
+        shards = {name: _read_file(path.with_name(name)) for name in set(places.values())}
+        return {key: shards[name][key] for key, name in places.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"not an index of a sharded checkpoint: `{path}` ({error!r})") from error
+
+
+def _read_file(path: Path) -> Mapping[str, object]:
+    if path.suffix == ".safetensors":
+        return read_safetensors(path)
+    try:
+        checkpoint = torch.load(path, weights_only=True, mmap=True, map_location="cpu")
+    except pickle.UnpicklingError as error:
+        hint = "a pickle can run code: save its tensors alone, best as .safetensors"
+        raise InputError(f"not only tensors in model file: `{path}`", hint=hint) from error
+    except (OSError, RuntimeError) as error:
+        raise InputError(f"cannot read model file: `{path}` ({str(error).splitlines()[0]})") from error
+    if not isinstance(checkpoint, Mapping):
+        raise InputError(f"no tensors by name in model file: `{path}`")
+    return checkpoint
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Errors about a checkpoint's keys name its file too."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{error}, in `{path}`", hint=error.hint) from error
 
 
 def save_model(folder: Path, name: str, parts: dict[str, dict[str, Tensor]]) -> None:

@@ -16,8 +16,8 @@ from duovsr.errors import InputError
 from duovsr.model.key_maps import to_original, widen_patch_embedding
 from duovsr.model.layers import timestep_embedding
 from duovsr.model.transformer import Transformer
-from duovsr.model.wan_vae import WanVAE, WanVAEConfig
-from duovsr.options import PRESETS, TransformerConfig
+from duovsr.model.wan_vae import WanVAE
+from duovsr.options import PRESETS, TransformerConfig, WanVAEConfig
 
 GOLDEN = Path(__file__).parent / "data" / "wan_transformer.safetensors"  # save_file(diffusers_outputs(small), GOLDEN)
 SMALL = TransformerConfig(dim=96, ffn_dim=160, heads=4, layers=3, freq_dim=64, text_dim=48, text_length=12)

@@ -27,6 +27,7 @@ from duovsr.train.runs import load_weights
 from duovsr.train.sources import sharpness as exact_sharpness
 from duovsr.train.stages import Job, resolve, run_job
 from duovsr.weights import check_files, load_model
+from tests.clips import Clip, write_clip
 from tests.conftest import SMALL, write_pool
 
 CPU = torch.device("cpu")
@@ -208,6 +209,23 @@ def test_a_recipe_runs_to_its_end_and_passes_over_what_is_done(training_pool: Pa
     assert {path.parent.name for path in times} == set(RECIPES["tiny"].stages) - {"prefs"}
     run_job(job, config)
     assert times == {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/final.pt")}
+
+
+def test_tune_adapts_a_model_to_somebodys_clips(training_pool: Path, tmp_path: Path) -> None:
+    run_stage("vae", tmp_path / "vae", "steps=1", data=(training_pool,))
+    run_stage("base", tmp_path / "base", "steps=1", data=(training_pool,), init=tmp_path / "vae")
+    run_job(Job("export", tmp_path / "weights" / "tiny", init=tmp_path / "base"), None)
+    clips = tmp_path / "clips"
+    clips.mkdir()
+    for name in ("a", "b"):
+        write_clip(clips / f"{name}.mp4", Clip(size=(96, 80)))
+    settings = ("samples=4", "side=72", "adversarial_start=1", "discriminator_lead=1")
+    run_stage("tune", tmp_path / "mine", *settings, data=(clips,), init=tmp_path / "weights" / "tiny")
+    tuned, before = (load_weights(path)["vae"] for path in (tmp_path / "mine" / "model", tmp_path / "weights" / "tiny"))
+    assert any(not torch.equal(tuned[name], before[name]) for name in tuned)
+    assert {name for name in tuned if not torch.equal(tuned[name], before[name])} <= {
+        name for name in tuned if name.startswith("decoder.")
+    }
 
 
 def test_settings_reach_their_places(tmp_path: Path) -> None:

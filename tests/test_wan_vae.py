@@ -15,7 +15,8 @@ from torch.testing import assert_close
 
 from duovsr.model.key_maps import to_original
 from duovsr.model.tiny_vae import VAEState
-from duovsr.model.wan_vae import LATENT_MEAN, LATENT_STD, ChannelNorm, WanVAE, WanVAEConfig
+from duovsr.model.wan_vae import ChannelNorm, WanVAE
+from duovsr.options import WAN_LATENT_MEAN, WAN_LATENT_STD, WanVAEConfig
 
 GOLDEN = Path(__file__).parent / "data" / "wan_vae.safetensors"  # save_file(diffusers_outputs(small), GOLDEN)
 SMALL = WanVAEConfig(dim=8)
@@ -149,7 +150,7 @@ def diffusers_outputs(vae: WanVAE) -> dict[str, Tensor]:
     original = to_original(theirs.state_dict())
     for name, tensor in vae.state_dict().items():
         original[name].copy_(tensor)  # in place: these are the parameters of `theirs`
-    mean, std = (torch.tensor(values).view(1, -1, 1, 1, 1) for values in (LATENT_MEAN, LATENT_STD))
+    mean, std = (torch.tensor(values).view(1, -1, 1, 1, 1) for values in (WAN_LATENT_MEAN, WAN_LATENT_STD))
     latents = (theirs.encode(golden_frames()).latent_dist.mode() - mean) / std
     return {"latents": latents, "frames": theirs.decode(latents * std + mean).sample}
 
@@ -177,5 +178,5 @@ def test_the_latents_constants_are_diffusers_own() -> None:
     diffusers = pytest.importorskip("diffusers")
     with torch.device("meta"):
         config = diffusers.AutoencoderKLWan().config
-    assert tuple(config.latents_mean) == LATENT_MEAN
-    assert tuple(config.latents_std) == LATENT_STD
+    assert tuple(config.latents_mean) == WAN_LATENT_MEAN
+    assert tuple(config.latents_std) == WAN_LATENT_STD

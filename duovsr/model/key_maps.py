@@ -19,6 +19,7 @@ NESTS = ("generator_ema", "generator", "state_dict", "model")
 PREFIXES = {"model", "module", "diffusion_model"}
 WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}  # these may stand inside a name too
 PARAMETERS = {"weight", "bias", "gamma"}
+PATCH_EMBEDDING = "patch_embedding.weight"
 
 TRANSFORMER_NAMES = {  # diffusers: original
     "patch_embedding": "patch_embedding",
@@ -72,25 +73,39 @@ def to_original(checkpoint: Mapping[str, object]) -> dict[str, Tensor]:
     return {_rename(key, names): tensor for key, tensor in state.items()}
 
 
+def latent_channels(state: Mapping[str, Tensor]) -> int:
+    """How many channels a transformer (original names) gives out. Raises InputError where the state is of none."""
+    patch = _of_transformer(state, PATCH_EMBEDDING).shape[2:]
+    return _of_transformer(state, "head.head.bias").numel() // patch.numel()
+
+
+def takes_only_noise(state: Mapping[str, Tensor]) -> bool:
+    """Whether a transformer (original names) takes no more than it gives: noisy latents, and none of the LQ."""
+    return _of_transformer(state, PATCH_EMBEDDING).shape[1] == latent_channels(state)
+
+
 def widen_patch_embedding(state: Mapping[str, Tensor], in_channels: int) -> dict[str, Tensor]:
     """Give a text-to-video transformer (original names) the input channels of the LQ latents, after the noisy ones.
 
     The new channels' weights are zero, so that training starts from the text-to-video model's own output. A state that
     has `in_channels` already stays as it is. Raises InputError for any other number, and where there is no such weight.
     """
-    key = "patch_embedding.weight"
-    if key not in state:
-        raise InputError(f"not a transformer's checkpoint: it has no `{key}`")
-    weight = state[key]
+    weight = _of_transformer(state, PATCH_EMBEDDING)
     stored = weight.shape[1]
     if stored == in_channels:
         return dict(state)
     if stored != in_channels // 2:
         raise InputError(
-            f"unsupported input channels of `{key}`: {stored}",
+            f"unsupported input channels of `{PATCH_EMBEDDING}`: {stored}",
             hint=f"use a Wan2.1 text-to-video checkpoint ({in_channels // 2}) or one of duovsr's own ({in_channels})",
         )
-    return {**state, key: torch.cat([weight, torch.zeros_like(weight)], dim=1)}
+    return {**state, PATCH_EMBEDDING: torch.cat([weight, torch.zeros_like(weight)], dim=1)}
+
+
+def _of_transformer(state: Mapping[str, Tensor], name: str) -> Tensor:
+    if name not in state:
+        raise InputError(f"not a transformer's checkpoint: it has no `{name}`")
+    return state[name]
 
 
 def _unwrap(checkpoint: Mapping[str, object]) -> dict[str, Tensor]:

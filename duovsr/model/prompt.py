@@ -1,4 +1,4 @@
-"""The condition tokens of a preset without a text encoder: one learned prompt and the null prompt of guidance."""
+"""The condition tokens of a preset, which need no text encoder: one prompt, and the null prompt of guidance."""
 
 from __future__ import annotations
 
@@ -9,12 +9,20 @@ from duovsr.options import TransformerConfig
 
 
 class Prompt(nn.Module):
-    """`positive` and `null` tokens, (text_length, text_dim) each. `1.3b` stores text-encoder states here instead."""
+    """`positive` and `null` tokens, (text_length, text_dim) each: parameters, or buffers where they are not `learned`
+    but a text encoder's states."""
 
-    def __init__(self, config: TransformerConfig) -> None:
+    positive: Tensor
+    null: Tensor
+
+    def __init__(self, config: TransformerConfig, *, learned: bool = True) -> None:
         super().__init__()
-        self.positive = nn.Parameter(torch.randn(config.text_length, config.text_dim) * 0.02)
-        self.null = nn.Parameter(torch.randn(config.text_length, config.text_dim) * 0.02)
+        for name in ("positive", "null"):
+            tokens = torch.randn(config.text_length, config.text_dim) * 0.02
+            if learned:
+                self.register_parameter(name, nn.Parameter(tokens))
+            else:
+                self.register_buffer(name, tokens)
 
     def tokens(self, batch: int, dropped: Tensor | None = None) -> Tensor:
         """(batch, L, text_dim); rows where `dropped` (batch,) bool is true get the null prompt."""

@@ -17,7 +17,6 @@ the batch without a copy.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import pairwise, repeat, starmap
 
 import torch
@@ -25,45 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from duovsr.model.tiny_vae import VAEState
-
-# Statistics of the latents, published with Wan2.1: the transformer sees (mu - mean) / std.
-# fmt: off
-LATENT_MEAN = (
-    -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
-    0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921,
-)
-LATENT_STD = (
-    2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
-    3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160,
-)
-# fmt: on
-
-
-@dataclass(frozen=True)
-class WanVAEConfig:
-    """Widths: `dim` x `multipliers` channels at 1/1, 1/2, 1/4 and 1/8 of the frame's size. The defaults are Wan2.1's.
-
-    `temporal_downsample` says for each halving in space whether it also halves the frame rate.
-    """
-
-    dim: int = 96
-    multipliers: tuple[int, ...] = (1, 2, 4, 4)
-    res_blocks: int = 2
-    temporal_downsample: tuple[bool, ...] = (False, True, True)
-    latent_mean: tuple[float, ...] = LATENT_MEAN
-    latent_std: tuple[float, ...] = LATENT_STD
-
-    @property
-    def latent_channels(self) -> int:
-        return len(self.latent_mean)
-
-    @property
-    def spatial_factor(self) -> int:
-        return 2 ** len(self.temporal_downsample)
-
-    @property
-    def temporal_factor(self) -> int:
-        return 2 ** sum(self.temporal_downsample)
+from duovsr.options import WanVAEConfig
 
 
 class Memories:

@@ -10,7 +10,7 @@ from duovsr.train.distributed import place
 from duovsr.train.draws import Draws
 from duovsr.train.loop import Metrics, Run, Trained, run_loop
 from duovsr.train.options import BaseConfig
-from duovsr.train.roles import DiffusionModel, Inputs, LatentSource, ode_restore
+from duovsr.train.roles import DiffusionModel, Inputs, LatentSource, fill, ode_restore
 from duovsr.train.validation import Validation
 
 
@@ -25,7 +25,7 @@ def train_base(run: Run, config: BaseConfig, inputs: Inputs) -> None:
     torch.manual_seed(config.seed)
     base = DiffusionModel(preset)
     if inputs.has("model"):
-        base.load_state_dict(inputs.weights("model"), strict=True)
+        fill(base, inputs.weights("model"), preset)
     base.transformer.checkpointing = config.checkpointing
     place(base, run.world, config.dtype)
     optimizer = torch.optim.AdamW(
@@ -37,7 +37,9 @@ def train_base(run: Run, config: BaseConfig, inputs: Inputs) -> None:
         z0, z_lq, sharpness = source.latents(draws)
         eps = draws.normal_like(z0, preset.shared_noise)
         sigma = flow.shift_sigma(draws.uniform(), config.shift)
-        dropped = (draws.uniform() < config.prompt_dropout) | (sharpness < config.sharpness)
+        dropped = draws.uniform() < config.prompt_dropout
+        if preset.learned_prompt:
+            dropped |= sharpness < config.sharpness
         with run.autocast():
             velocity = base(flow.add_noise(z0, eps, sigma), z_lq, sigma, dropped)
         loss = (velocity - flow.velocity_target(z0, eps)).square().mean()  # eq. 2

@@ -219,7 +219,8 @@ class TuneConfig(RefineConfig):
     discriminator_lead: int = 100
     ema: float = 0.995
     samples: int = 300  # windows of the pool
-    stills: float = 0.0  # part of them from photos
+    side: int = 192  # pixels of a window: smaller sources are skipped
+    stills: float = 0.0  # part of the windows from photos
 
 
 @dataclass(frozen=True)

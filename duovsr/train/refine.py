@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from duovsr.model.layers import channels_last
+from duovsr.model.tiny_vae import TinyVAE
 from duovsr.train.distributed import place
 from duovsr.train.draws import Draws
 from duovsr.train.loop import Metrics, Run, Trained, run_loop
@@ -31,7 +32,9 @@ class Refinement:
     def __init__(self, run: Run, config: RefineConfig, inputs: Inputs) -> None:
         self.run, self.config, self.preset, self.pool = run, config, inputs.preset, inputs.frames(config)
         torch.manual_seed(config.seed)
-        self.vae = inputs.autoencoder(run)
+        vae = inputs.autoencoder(run)
+        assert isinstance(vae, TinyVAE)  # `stages.resolve` refuses other presets
+        self.vae = vae
         self.vae.decoder.requires_grad_(True)
         model = inputs.weights("model")
         self.anchor = place(diffusion_model(self.preset, model, run, trained=False), run.world)

@@ -13,13 +13,14 @@ from typing import Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from duovsr.errors import TrainError, UsageError
+from duovsr.errors import InputError, UsageError
 from duovsr.model import flow
 from duovsr.model.layers import channels_last
 from duovsr.model.prompt import Prompt
 from duovsr.model.tiny_vae import TinyVAE
 from duovsr.model.transformer import Transformer
-from duovsr.options import Preset
+from duovsr.model.wan_vae import WanVAE
+from duovsr.options import Preset, WanVAEConfig
 from duovsr.train.data import LatentPool, Latents, PairPool, Pool, sharpness
 from duovsr.train.draws import Draws
 from duovsr.train.loop import Run
@@ -29,13 +30,19 @@ from duovsr.train.runs import Weights, pick
 Module = TypeVar("Module", bound=nn.Module)
 
 
+Autoencoder = TinyVAE | WanVAE
+
+
 class DiffusionModel(nn.Module):
-    """A transformer and its condition tokens: what the stages train, copy and freeze as one."""
+    """A transformer and its condition tokens: what the stages train, copy and freeze as one.
+
+    Tokens that the preset does not learn are buffers: no optimiser and no `requires_grad_` reaches them.
+    """
 
     def __init__(self, preset: Preset) -> None:
         super().__init__()
         self.transformer = Transformer(preset.transformer)
-        self.prompt = Prompt(preset.transformer)
+        self.prompt = Prompt(preset.transformer, learned=preset.learned_prompt)
 
     def forward(self, noisy: Tensor, lq: Tensor, sigma: Tensor, dropped: Tensor | None = None) -> Tensor:
         """Velocity (B, C, T, H, W) float32 at sigma (B,) in [0, 1]; `dropped` (B,) bool: with the null prompt."""
@@ -51,7 +58,7 @@ class LatentSource(Protocol):
 class EncodedFrames:
     """Latents of a pool's crops, encoded as they are needed."""
 
-    def __init__(self, pool: Pool, vae: nn.Module, run: Run) -> None:
+    def __init__(self, pool: Pool, vae: Autoencoder, run: Run) -> None:
         pool.require(run.config.crop, run.config.frames)
         self.pool, self.vae, self.run = pool, vae, run
 
@@ -87,13 +94,11 @@ class Inputs:
         self.data.require(config.crop, config.frames)
         return self.data
 
-    def autoencoder(self, run: Run) -> TinyVAE:
+    def autoencoder(self, run: Run) -> Autoencoder:
         """The autoencoder of `init`, frozen, on this process's device."""
-        vae = new_autoencoder(self.preset)
-        vae.load_state_dict(self.weights("vae"), strict=True)
-        return frozen(vae).to(run.device)
+        return frozen(fill(new_autoencoder(self.preset), self.weights("vae"), self.preset)).to(run.device)
 
-    def latents(self, run: Run, vae: nn.Module) -> LatentSource:
+    def latents(self, run: Run, vae: Autoencoder) -> LatentSource:
         if isinstance(self.data, LatentPool):
             return self.data
         return EncodedFrames(self.frames(run.config), vae, run)
@@ -103,21 +108,31 @@ class Inputs:
             raise UsageError("this stage trains on preference pairs", hint="make them with `duovsr train prefs`")
         return self.data
 
-    def held_out_latents(self, run: Run, vae: nn.Module) -> LatentSource | None:
+    def held_out_latents(self, run: Run, vae: Autoencoder) -> LatentSource | None:
         return None if self.held_out is None else EncodedFrames(self.held_out, vae, run)
 
 
 def diffusion_model(preset: Preset, weights: Mapping[str, Tensor], run: Run, *, trained: bool) -> DiffusionModel:
-    model = DiffusionModel(preset)
-    model.load_state_dict(weights, strict=True)
+    model = fill(DiffusionModel(preset), weights, preset)
     model.transformer.checkpointing = trained and run.config.checkpointing
     return model if trained else frozen(model)
 
 
-def new_autoencoder(preset: Preset) -> TinyVAE:
-    if preset.vae is None:
-        raise TrainError(f"preset `{preset.name}` has no autoencoder that duovsr trains", hint="use `--preset tiny`")
-    return channels_last(TinyVAE(preset.vae))
+def new_autoencoder(preset: Preset) -> Autoencoder:
+    return WanVAE(preset.vae) if isinstance(preset.vae, WanVAEConfig) else channels_last(TinyVAE(preset.vae))
+
+
+def fill(module: Module, weights: Mapping[str, Tensor], preset: Preset) -> Module:
+    """Copy weights into a module of the preset. Raises InputError where they are of another."""
+    try:
+        module.load_state_dict(weights, strict=True)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:160]
+        raise InputError(
+            f"the weights to start from are not of preset `{preset.name}`: {reason}",
+            hint="give `--preset` as the run had it",
+        ) from error
+    return module
 
 
 def frozen(module: Module) -> Module:
@@ -125,11 +140,17 @@ def frozen(module: Module) -> Module:
 
 
 @torch.no_grad()
-def encode(vae: nn.Module, frames: Tensor, run: Run) -> Tensor:
+def encode(vae: Autoencoder, frames: Tensor, run: Run) -> Tensor:
     """Latents of frames (B, 3, T, H, W), float32, without gradient."""
     with run.autocast():
-        latents: Tensor = vae.encode(frames)[0]  # type: ignore[operator]
+        latents, _ = vae.encode(frames)
     return latents.float()
+
+
+def decode(vae: Autoencoder, latents: Tensor, lq: Tensor) -> Tensor:
+    """Frames like the LQ (B, 3, T, H, W), not clamped. TinyVAE's decoder sees the LQ, Wan2.1's does not."""
+    frames, _ = vae.decode(latents, lq) if isinstance(vae, TinyVAE) else vae.decode(latents)
+    return frames
 
 
 def ode_solution(
@@ -154,7 +175,7 @@ def guided_velocity(model: nn.Module, noisy: Tensor, z_lq: Tensor, sigma: Tensor
 
 
 def ode_restore(
-    run: Run, preset: Preset, vae: TinyVAE, model: nn.Module, steps: int, shift: float
+    run: Run, preset: Preset, vae: Autoencoder, model: nn.Module, steps: int, shift: float
 ) -> Callable[[Tensor, Tensor, Draws], Tensor]:
     """LQ frames -> restored frames by `steps` sampling steps, as `Validation` wants it."""
 
@@ -162,8 +183,7 @@ def ode_restore(
         z_lq = encode(vae, lq, run)
         with run.autocast():
             z = ode_solution(model, draws.normal_like(z_lq, preset.shared_noise), z_lq, steps, shift)
-            frames, _ = vae.decode(z, lq)
-        return frames
+            return decode(vae, z, lq)
 
     return restore
 

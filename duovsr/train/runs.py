@@ -1,4 +1,4 @@
-"""What stages hand on to each other and to inference: the weights of finished runs and of exported models."""
+"""What stages start from and hand on: the weights of finished runs, of exported models and of Wan2.1."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from duovsr.errors import InputError
 from duovsr.train.distributed import World
-from duovsr.weights import FILES, read_safetensors, save_model
+from duovsr.weights import FILES, find_wan, read_safetensors, read_transformer, read_wan, save_model
 
 FINAL, BEST = "final.pt", "best.pt"
 _TRANSFORMER, _VAE, _PROMPT = FILES
@@ -20,19 +20,37 @@ Weights = dict[str, dict[str, Tensor]]
 
 def load_weights(source: Path) -> Weights:
     """`vae`, `model` (transformer and prompt) and what else a stage left, of a finished run, one of its files
-    (`RUN/best.pt`), or an exported model folder.
+    (`RUN/best.pt`), an exported model folder, or a folder with Wan2.1's checkpoints and a prompt.
 
-    Raises InputError where the run has not finished.
+    Raises InputError where the run has not finished, or a file is missing.
     """
     if (source / _TRANSFORMER).is_file():
         files = {"transformer": _TRANSFORMER, "prompt": _PROMPT}
         model = {f"{part}.{k}": v for part, file in files.items() for k, v in _float(source / file).items()}
         return {"vae": _float(source / _VAE), "model": model}
+    if source.is_dir() and find_wan(source, "transformer") is not None:
+        return _wan_weights(source)
     path = source / FINAL if source.is_dir() else source
     if not path.is_file():
         raise InputError(f"not a finished training run: `{source}`", hint="run its stage to the end first")
     weights: Weights = torch.load(path, weights_only=True, map_location="cpu")
     return weights
+
+
+def _wan_weights(folder: Path) -> Weights:
+    """What training starts from: a text-to-video model, widened, and its text encoder's states of the two prompts."""
+    hint = (
+        f"add `{_PROMPT}` with the text encoder's states of the prompts as tensors `positive` and `null`,"
+        " zero-padded to (text_length, text_dim): (512, 4096) for Wan2.1"
+    )
+    if not (folder / _PROMPT).is_file():
+        raise InputError(f"no `{_PROMPT}` in Wan2.1's folder: `{folder}`", hint=hint)
+    prompt = _float(folder / _PROMPT)
+    if set(prompt) != {"positive", "null"}:
+        raise InputError(f"not the two prompts: `{folder / _PROMPT}` has {', '.join(prompt) or 'nothing'}", hint=hint)
+    parts = {"transformer": read_transformer(folder), "prompt": prompt}
+    model = {f"{part}.{k}": v.float() for part, state in parts.items() for k, v in state.items()}
+    return {"vae": {k: v.float() for k, v in read_wan(folder, "vae").items()}, "model": model}
 
 
 def pick(weights: Weights, name: str, source: Path) -> dict[str, Tensor]:

@@ -20,7 +20,7 @@ from duovsr.train.draws import Draws
 from duovsr.train.loop import Metrics, Run, Trained, run_loop
 from duovsr.train.options import DPOConfig, PrefsConfig
 from duovsr.train.rankers import Ranker, make_rankers, rank_sum
-from duovsr.train.roles import Inputs, diffusion_model, encode, ode_restore, one_step
+from duovsr.train.roles import Autoencoder, Inputs, decode, diffusion_model, encode, ode_restore, one_step
 from duovsr.train.validation import Validation
 
 RECORD = "pairs.json"
@@ -66,7 +66,7 @@ def _candidates(
     config: PrefsConfig,
     shared_noise: float,
     student: torch.nn.Module,
-    vae: torch.nn.Module,
+    vae: Autoencoder,
     clip: tuple[Tensor, Tensor, Tensor],
     draws: Draws,
     rankers: list[Ranker],
@@ -77,7 +77,7 @@ def _candidates(
     for _ in range(config.candidates):
         with run.autocast():
             z0 = one_step(student, draws.normal_like(z_lq, shared_noise), z_lq)
-            frames, _ = vae.decode(z0, lq)  # type: ignore[operator]
+            frames = decode(vae, z0, lq)
         latents.append(z0)
         scores.append({ranker.name: ranker(frames.float(), hq) for ranker in rankers})
     return latents, scores

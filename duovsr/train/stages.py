@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from duovsr.errors import UsageError
-from duovsr.options import PRESETS
+from duovsr.options import PRESETS, TinyVAEConfig
 from duovsr.train.base import train_base
 from duovsr.train.cache import cache_latents
 from duovsr.train.data import LATENTS, PAIRS, LatentPool, PairPool, Pool
@@ -52,6 +52,7 @@ _TRAINERS: dict[str, tuple[StageConfig, Callable[..., None]]] = {
     "dpo": (DPOConfig(), train_dpo),
     "refine": (RefineConfig(), train_refine),
 }
+_TINY_VAE_ONLY = ("vae", "refine", "tune")
 STAGES = ("pool", *_TRAINERS, "export", "recipe", "tune")
 
 
@@ -75,6 +76,10 @@ def resolve(job: Job, settings: list[str]) -> Any:
         raise UsageError(f"unknown stage: `{job.stage}`", hint=f"use one of: {', '.join(STAGES)}")
     if job.preset not in PRESETS:
         raise UsageError(f"unknown preset: `{job.preset}`", hint=f"use one of: {', '.join(PRESETS)}")
+    if job.stage in _TINY_VAE_ONLY and not isinstance(PRESETS[job.preset].vae, TinyVAEConfig):
+        raise UsageError(
+            f"stage `{job.stage}` trains TinyVAE, which preset `{job.preset}` does not have", hint="use `--preset tiny`"
+        )
     if job.stage == "recipe":
         if job.name not in RECIPES:
             raise UsageError(f"unknown recipe: `{job.name}`", hint=f"use one of: {', '.join(RECIPES)}")
@@ -144,7 +149,8 @@ def _tune(job: Job, config: TuneConfig) -> None:
     init = job.init or weights_folder() / job.preset
     pool = job.out / "pool"
     if not (pool / "scale.npy").exists():
-        build_pool(list(job.data), pool, PoolConfig(samples=config.samples, seed=config.seed, stills=config.stills))
+        sampled = PoolConfig(samples=config.samples, side=config.side, seed=config.seed, stills=config.stills)
+        build_pool(list(job.data), pool, sampled)
     run = job.out / "refine"
     _run_stage(replace(job, stage="refine", data=(pool,), init=init, out=run), config)
     export(run, job.out / "model")

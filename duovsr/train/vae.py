@@ -16,7 +16,7 @@ from duovsr.train.draws import Draws
 from duovsr.train.loop import Metrics, Run, Trained, run_loop
 from duovsr.train.losses import charbonnier, gradient_loss, psnr, temporal_loss
 from duovsr.train.options import VAEConfig
-from duovsr.train.roles import Inputs, new_autoencoder
+from duovsr.train.roles import Inputs, fill, new_autoencoder
 from duovsr.train.validation import Validation
 
 
@@ -25,8 +25,9 @@ def train_vae(run: Run, config: VAEConfig, inputs: Inputs) -> None:
     pool = inputs.frames(config)
     torch.manual_seed(config.seed)
     vae = new_autoencoder(inputs.preset)
+    assert isinstance(vae, TinyVAE)  # `stages.resolve` refuses other presets
     if inputs.init is not None:
-        vae.load_state_dict(inputs.weights("vae"), strict=True)
+        fill(vae, inputs.weights("vae"), inputs.preset)
     place(vae, run.world)
     optimizer = torch.optim.AdamW(
         vae.parameters(), config.learning_rate, (config.beta1, config.beta2), weight_decay=config.weight_decay
