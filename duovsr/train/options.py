@@ -204,7 +204,7 @@ class RefineConfig(StageConfig):
     adversarial_weight: float = 0.02
     adversarial_start: int = 1200  # step; pixels first: they are cheaper, and settle the decoder
     discriminator_lead: int = 200  # steps that the discriminator learns alone before
-    anchor_weight: float = 0.05  # how far the student may leave what it was distilled to
+    noise_weight: float = 0.05  # holds what the noise does to what it did in the distilled student
     faithful_weight: float = 0.3
     faithful_every: int = 4  # steps; the latent-free decode needs little and costs a fifth of a step
 

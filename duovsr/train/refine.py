@@ -1,7 +1,8 @@
 """Joint refinement of student and decoder in pixels (ours, not the paper's).
 
-The decoder learns to restore from the student's latents instead of true ones, with a small adversarial loss; the
-distilled student stays as an anchor, so that the noise keeps its meaning.
+The decoder learns to restore from the student's latents instead of true ones, and the student what the decoder can
+use, with a small adversarial loss. Losses in pixels would teach the student to ignore its noise, so what a change of
+noise does is held to what it did in the distilled student; what the LQ tells is free.
 """
 
 from __future__ import annotations
@@ -50,15 +51,16 @@ class Refinement:
         )
 
     def _restore(self, lq: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
-        """The output (B, 3, T, H, W) and how far the student's latents left the anchor's."""
+        """The output (B, 3, T, H, W), and how far the effect of two noises on the first sample left the anchor's."""
         z_lq = encode(self.vae, lq, self.run)
-        eps = draws.normal_like(z_lq, self.preset.shared_noise)
+        eps, other = (draws.normal_like(z_lq, self.preset.shared_noise) for _ in range(2))
+        pair, z_pair = torch.cat([eps[:1], other[:1]]), torch.cat([z_lq[:1], z_lq[:1]])
         with self.run.autocast():
-            x0 = one_step(self.student, eps, z_lq)
+            x0 = one_step(self.student, torch.cat([eps, other[:1]]), torch.cat([z_lq, z_lq[:1]]))
             with torch.no_grad():
-                x0_anchor = one_step(self.anchor, eps, z_lq)
-            output, _ = self.vae.decode(x0, lq)
-        return output.float(), (x0 - x0_anchor).square().mean()
+                first, second = one_step(self.anchor, pair, z_pair)
+            output, _ = self.vae.decode(x0[:-1], lq)
+        return output.float(), ((x0[0] - x0[-1]) - (first - second)).square().mean()
 
     def loss(self, draws: Draws, step: int) -> tuple[Tensor, Metrics]:
         config = self.config
@@ -66,8 +68,8 @@ class Refinement:
         output, drift = self._restore(lq, draws)
         pixel = charbonnier(output, hq)
         loss = pixel + config.gradient_weight * gradient_loss(output, hq)
-        loss = loss + config.temporal_weight * temporal_loss(output, hq) + config.anchor_weight * drift
-        noted = {"pixel": pixel, "anchor": drift, "psnr_gain": psnr(output, hq) - psnr(lq, hq)}
+        loss = loss + config.temporal_weight * temporal_loss(output, hq) + config.noise_weight * drift
+        noted = {"pixel": pixel, "noise_drift": drift, "psnr_gain": psnr(output, hq) - psnr(lq, hq)}
         if step % config.faithful_every == 0:
             with self.run.autocast():
                 faithful, _ = self.vae.decode(None, lq)
