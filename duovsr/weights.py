@@ -228,7 +228,8 @@ def _read_file(path: Path) -> Mapping[str, object]:
         hint = "a pickle can run code: save its tensors alone, best as .safetensors"
         raise InputError(f"not only tensors in model file: `{path}`", hint=hint) from error
     except (OSError, RuntimeError) as error:
-        raise InputError(f"cannot read model file: `{path}` ({str(error).splitlines()[0]})") from error
+        reason = str(error).partition("\n")[0]
+        raise InputError(f"cannot read model file: `{path}` ({reason})") from error
     if not isinstance(checkpoint, Mapping):
         raise InputError(f"no tensors by name in model file: `{path}`")
     return checkpoint

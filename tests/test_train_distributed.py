@@ -25,7 +25,7 @@ def launch(processes: int, *arguments: object, restarts: int = 0, check: bool = 
         command += [f"--max-restarts={restarts}", "-m"]
     command += ["tests.train_worker", *map(str, arguments)]
     env = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=900)
     assert not check or done.returncode == 0, done.stderr[-3000:]
     return done.returncode
 

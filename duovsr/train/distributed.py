@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor
 
 from duovsr.errors import UsageError
@@ -53,7 +54,12 @@ def joined(device: str) -> Iterator[World]:
     if device == "cuda":
         torch.cuda.set_device(place)
     # Checkpoints are gathered on the host in the background, so that the CPU needs its group too.
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "cpu:gloo")
+    backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "cpu:gloo"
+    # Keys of their own for every restart: on torchrun's store the dead processes' addresses are still there, and
+    # making a second group would wait for them.
+    store, rank, size = next(rendezvous("env://"))
+    store = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size)
     try:
         mesh = init_device_mesh(device, (dist.get_world_size(),))
         yield World(dist.get_rank(), dist.get_world_size(), place, mesh)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from duovsr.errors import InputError
 from duovsr.train.distributed import World
-from duovsr.weights import FILES, find_wan, read_safetensors, read_transformer, read_wan, save_model
+from duovsr.weights import FILES, find_wan, read_checkpoint, read_safetensors, read_transformer, read_wan, save_model
 
 FINAL, BEST = "final.pt", "best.pt"
 _TRANSFORMER, _VAE, _PROMPT = FILES
@@ -31,9 +31,10 @@ def load_weights(source: Path) -> Weights:
     if source.is_dir() and find_wan(source, "transformer") is not None:
         return _wan_weights(source)
     path = source / FINAL if source.is_dir() else source
-    if not path.is_file():
+    states = read_checkpoint(path) if path.is_file() else {}
+    weights = {name: state for name, state in states.items() if isinstance(state, dict)}
+    if not weights:
         raise InputError(f"not a finished training run: `{source}`", hint="run its stage to the end first")
-    weights: Weights = torch.load(path, weights_only=True, map_location="cpu")
     return weights
 
 
