@@ -254,7 +254,10 @@ def test_settings_reach_their_places(tmp_path: Path) -> None:
 
 
 def test_a_run_is_not_resumed_with_other_settings(tmp_path: Path) -> None:
+    note_settings(tmp_path, "base", "1.3b", StageConfig(), {})  # a first try that did nothing
     note_settings(tmp_path, "vae", "tiny", StageConfig(), {})
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "latest").write_text("step_00000002")
     note_settings(tmp_path, "vae", "tiny", StageConfig(threads=3), {})
     with pytest.raises(UsageError, match="other settings: learning_rate"):
         note_settings(tmp_path, "vae", "tiny", StageConfig(learning_rate=9.0), {})

@@ -58,7 +58,7 @@ def joined(device: str) -> Iterator[World]:
     # Keys of their own for every restart: on torchrun's store the dead processes' addresses are still there, and
     # making a second group would wait for them.
     store, rank, size = next(rendezvous("env://"))
-    store = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    store = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)  # type: ignore[attr-defined]
     dist.init_process_group(backend, store=store, rank=rank, world_size=size)
     try:
         mesh = init_device_mesh(device, (dist.get_world_size(),))

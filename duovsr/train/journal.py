@@ -89,7 +89,7 @@ def note_settings(folder: Path, stage: str, preset: str, config: StageConfig, in
             default=str,
         )
     )
-    if not path.exists():
+    if not path.exists() or not (folder / "checkpoints" / "latest").exists():  # nothing done yet
         folder.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(described, indent=1) + "\n")
         return
