@@ -32,7 +32,7 @@ app = typer.Typer(
 )
 app.info.help = "One-step diffusion video super-resolution."
 
-Model = Annotated[str, typer.Option(help="A shipped model; see `duovsr doctor`.")]
+Model = Annotated[str, typer.Option(help="A shipped model, see `duovsr doctor`, or the folder of an exported one.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 Json = Annotated[bool, typer.Option("--json", help="Print a report as JSON to stdout.")]

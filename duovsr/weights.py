@@ -34,6 +34,7 @@ from duovsr.options import PRESETS, Preset, TinyVAEConfig, WanVAEConfig
 
 EMBEDDED = "tiny"
 FILES = ("transformer.safetensors", "vae.safetensors", "prompt.safetensors")
+CONFIG = "config.json"
 
 WanPart = Literal["transformer", "vae"]
 WAN_FILES: dict[WanPart, tuple[str, ...]] = {  # in a folder: our own name, diffusers', the original repository's
@@ -77,7 +78,8 @@ def read_manifest(folder: Path) -> dict[str, dict[str, str]]:
         raise InputError(f"no model manifest: `{path}`", hint="reinstall duovsr")
     try:
         manifest: dict[str, dict[str, str]] = json.loads(path.read_text())
-        complete = all(set(manifest[name]) == set(FILES) for name in {EMBEDDED, *manifest})
+        expected = {EMBEDDED, *manifest} if folder == weights_folder() else set(manifest)
+        complete = all(set(manifest[name]) == set(FILES) for name in expected)
     except (ValueError, KeyError, TypeError):
         complete = False
     if not complete:
@@ -85,30 +87,29 @@ def read_manifest(folder: Path) -> dict[str, dict[str, str]]:
     return manifest
 
 
-def check_files(name: str) -> list[FileStatus]:
-    """Compare a shipped model's files with the manifest."""
+def check_files(name: str, folder: Path | None = None) -> list[FileStatus]:
+    """Compare the files of a model in `folder`, by default a shipped one, with the folder's manifest."""
+    folder = folder or weights_folder()
     statuses = []
-    for file, expected in read_manifest(weights_folder())[name].items():
-        path = weights_folder() / name / file
+    for file, expected in read_manifest(folder).get(name, dict.fromkeys(FILES, "")).items():
+        path = folder / name / file
         found = sha256_of(path) if path.is_file() else None
         statuses.append(FileStatus(path, found, found == expected))
     return statuses
 
 
 def load_model(name: str, device: torch.device, dtype: torch.dtype) -> OneStepModel:
-    """Load a shipped model whole or not at all.
+    """Load a shipped model, or the one in the folder `name` that `duovsr train export` wrote, whole or not at all.
 
     Raises UsageError for an unknown name, InputError for a missing or altered file.
     """
-    if name not in PRESETS:
-        raise UsageError(f"unknown model: `{name}`", hint=f"use one of: {', '.join(shipped_models())}")
-    preset, folder = PRESETS[name], weights_folder() / name
-    if name not in shipped_models() or not isinstance(preset.vae, TinyVAEConfig):
-        raise UsageError(f"no weights for model `{name}` are shipped", hint=f"use `--model {EMBEDDED}`")
-    for status in check_files(name):
+    preset, folder = _find_model(name)
+    assert isinstance(preset.vae, TinyVAEConfig)
+    for status in check_files(folder.name, folder.parent):
         if not status.verified:
             found = "is missing" if status.sha256 is None else "does not match its sha256"
-            raise InputError(f"model file {found}: `{status.path}`", hint="reinstall duovsr")
+            hint = "reinstall duovsr" if name in PRESETS else "export it again"
+            raise InputError(f"model file {found}: `{status.path}`", hint=hint)
     with torch.device("meta"):
         transformer, vae = Transformer(preset.transformer), TinyVAE(preset.vae)
     transformer = load_strict(transformer, folder / FILES[0], device, dtype)
@@ -117,6 +118,25 @@ def load_model(name: str, device: torch.device, dtype: torch.dtype) -> OneStepMo
         prompt = Prompt(preset.transformer)
     prompt = load_strict(prompt, folder / FILES[2], device, dtype)
     return OneStepModel(preset, transformer, vae, prompt.tokens(1))
+
+
+def _find_model(name: str) -> tuple[Preset, Path]:
+    """The preset and the folder of a shipped or exported model."""
+    if name in PRESETS:
+        if name not in shipped_models():
+            raise UsageError(f"no weights for model `{name}` are shipped", hint=f"use `--model {EMBEDDED}`")
+        return PRESETS[name], weights_folder() / name
+    path = Path(name).resolve() / CONFIG
+    if not path.is_file():
+        known = ", ".join(shipped_models())
+        raise UsageError(f"unknown model: `{name}`", hint=f"use one of: {known}; or a folder of `duovsr train export`")
+    try:
+        preset = PRESETS[json.loads(path.read_text())["preset"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"damaged model description: `{path}`", hint="export it again") from error
+    if not isinstance(preset.vae, TinyVAEConfig):
+        raise UsageError(f"upscaling with preset `{preset.name}` is not there yet: `{name}`")
+    return preset, path.parent
 
 
 def shipped_models() -> list[str]:
@@ -244,9 +264,10 @@ def _naming(path: Path) -> Iterator[None]:
         raise InputError(f"{error}, in `{path}`", hint=error.hint) from error
 
 
-def save_model(folder: Path, name: str, parts: dict[str, dict[str, Tensor]]) -> None:
+def save_model(folder: Path, name: str, preset: str, parts: dict[str, dict[str, Tensor]]) -> None:
     """Write a model in bfloat16 and note its sha256 in the folder's manifest. `parts` is {file name: state dict}."""
     (folder / name).mkdir(parents=True, exist_ok=True)
+    (folder / name / CONFIG).write_text(json.dumps({"preset": preset}) + "\n")
     manifest_path = folder / "manifest.json"
     manifest = json.loads(manifest_path.read_text()) if manifest_path.exists() else {}
     manifest[name] = {}

@@ -28,7 +28,7 @@ def copied_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def remake_manifest(folder: Path) -> None:
-    files = {path.name: sha256_of(path) for path in (folder / "tiny").iterdir()}
+    files = {path.name: sha256_of(path) for path in (folder / "tiny").glob("*.safetensors")}
     (folder / "manifest.json").write_text(json.dumps({"tiny": files}))
 
 
@@ -54,6 +54,15 @@ def test_a_missing_file_is_refused(copied_weights: Path) -> None:
         load_model("tiny", CPU, torch.float32)
 
 
+def test_an_exported_model_is_used_by_its_folder(copied_weights: Path) -> None:
+    assert load_model(str(copied_weights / "tiny"), CPU, torch.float32).preset.name == "tiny"
+    (copied_weights / "tiny" / "config.json").write_text("{}")
+    with pytest.raises(InputError, match="damaged model description"):
+        load_model(str(copied_weights / "tiny"), CPU, torch.float32)
+    with pytest.raises(UsageError, match="unknown model: `elsewhere`"):
+        load_model("elsewhere", CPU, torch.float32)
+
+
 def test_a_missing_or_foreign_tensor_is_refused(copied_weights: Path) -> None:
     from safetensors.torch import load_file, save_file
 
@@ -73,8 +82,8 @@ def test_an_unshipped_preset_is_refused() -> None:
 
 
 def test_saved_models_are_noted_in_the_manifest(tmp_path: Path) -> None:
-    save_model(tmp_path, "one", {"vae.safetensors": {"w": torch.ones(3)}})
-    save_model(tmp_path, "two", {"vae.safetensors": {"w": torch.zeros(3)}})
+    save_model(tmp_path, "one", "tiny", {"vae.safetensors": {"w": torch.ones(3)}})
+    save_model(tmp_path, "two", "tiny", {"vae.safetensors": {"w": torch.zeros(3)}})
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     assert manifest["one"]["vae.safetensors"] == sha256_of(tmp_path / "one" / "vae.safetensors")
     assert set(manifest) == {"one", "two"}

@@ -72,13 +72,13 @@ def save_atomically(weights: Mapping[str, Mapping[str, Tensor]], path: Path, wor
     os.replace(partial, path)
 
 
-def export(source: Path, out: Path) -> None:
+def export(source: Path, out: Path, preset: str) -> None:
     """Write the `model` and `vae` of a finished run as model folder `out`, and its sha256 in the manifest beside it."""
     weights = load_weights(source)
     model, vae = pick(weights, "model", source), pick(weights, "vae", source)
     transformer = {k.removeprefix("transformer."): v for k, v in model.items() if k.startswith("transformer.")}
     prompt = {k.removeprefix("prompt."): v for k, v in model.items() if k.startswith("prompt.")}
-    save_model(out.parent, out.name, dict(zip(FILES, (transformer, vae, prompt), strict=True)))
+    save_model(out.parent, out.name, preset, dict(zip(FILES, (transformer, vae, prompt), strict=True)))
 
 
 def _float(path: Path) -> dict[str, Tensor]:

@@ -104,7 +104,7 @@ def run_job(job: Job, config: Any) -> None:
     elif job.stage == "export":
         if job.init is None:
             raise UsageError("stage `export` needs a run", hint="add `--init RUN`")
-        export(job.init, job.out)
+        export(job.init, job.out, job.preset)
     elif job.stage == "recipe":
         _run_recipe(job, config)
     elif job.stage == "tune":
@@ -153,7 +153,7 @@ def _tune(job: Job, config: TuneConfig) -> None:
         build_pool(list(job.data), pool, sampled)
     run = job.out / "refine"
     _run_stage(replace(job, stage="refine", data=(pool,), init=init, out=run), config)
-    export(run, job.out / "model")
+    export(run, job.out / "model", job.preset)
 
 
 def _need_data(job: Job) -> None:
