@@ -168,6 +168,8 @@ def run_loop(run: Run, trained: Trained, step_function: StepFunction) -> None:
     position = _Position()
     with Checkpoints(run.out / "checkpoints", config.keep) as checkpoints:
         start = _resume(checkpoints, root, optimizers, emas, position)
+        if position.exhausted(config.patience):
+            start = total
         with Journal(run.out, start, world.first) as journal, _signals() as stop:
             for step in _bar(run, start, total):
                 period = trained.period or total

@@ -70,6 +70,7 @@ def plan(stage: str, preset: Preset, config: StageConfig, devices: int) -> dict[
         steps *= config.rounds
     if isinstance(config, DualConfig):
         updates += config.auxiliary
+        steps = steps if config.count == "student" else max(1, steps // updates)
     planned: dict[str, Any] = {"steps": steps, "samples": steps * updates * config.batch, "devices": devices}
     roles = roles_of(stage, config)
     if roles is None:

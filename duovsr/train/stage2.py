@@ -47,6 +47,8 @@ class DualStream:
 
     def __init__(self, run: Run, config: DualConfig, inputs: Inputs) -> None:
         self.run, self.config, self.preset = run, config, inputs.preset
+        every = 1 if config.count == "student" else config.auxiliary + 1
+        self.total = max(1, config.steps // every)  # student updates
         self.vae = inputs.autoencoder(run)
         self.source = inputs.latents(run, self.vae)
         score = inputs.weights("score" if inputs.has("score") else "model")
@@ -68,7 +70,7 @@ class DualStream:
         """Whether DMD and the GAN are on at a step (Table 4)."""
         config = self.config
         if config.streams == "sequential":
-            return step < config.steps // 2, step >= config.steps // 2
+            return step < self.total // 2, step >= self.total // 2
         return config.streams != "gan", config.streams != "dmd"
 
     def _eps(self, draws: Draws, x0: Tensor) -> Tensor:
@@ -157,7 +159,6 @@ class DualStream:
 def train_dual(run: Run, config: DualConfig, inputs: Inputs) -> None:
     """Algorithm 1: N auxiliary updates, then one of the student. Leaves `vae`, `model` and the real `score`."""
     dual = DualStream(run, config, inputs)
-    total = config.steps if config.count == "student" else max(1, config.steps // (config.auxiliary + 1))
 
     def step(n: int) -> Metrics:
         metrics: Metrics = {}
@@ -174,4 +175,4 @@ def train_dual(run: Run, config: DualConfig, inputs: Inputs) -> None:
     restore = ode_restore(run, inputs.preset, dual.vae, dual.student, steps=1, shift=config.shift)
     carried: dict[str, nn.Module] = {"vae": dual.vae, "score": dual.real_score}
     validate = Validation.maybe(run, inputs, restore)
-    run_loop(run, Trained(modules, optimizers, ("model",), carried, validate, total=total), step)
+    run_loop(run, Trained(modules, optimizers, ("model",), carried, validate, total=dual.total), step)
