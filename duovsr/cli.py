@@ -189,7 +189,9 @@ def train(
         list[Path] | None, typer.Option(help="Sources (pool, tune), a pool, latents or pairs; may be repeated.")
     ] = None,
     validation: Annotated[list[Path] | None, typer.Option(help="A pool of held-out sources; may be repeated.")] = None,
-    init: Annotated[Path | None, typer.Option(help="What to start from: a finished run, an exported model or a Wan2.1 folder.")] = None,
+    init: Annotated[
+        Path | None, typer.Option(help="What to start from: a finished run, an exported model or a Wan2.1 folder.")
+    ] = None,
     settings: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="As steps=100.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the configuration and the plan only.")] = False,
     devices: Annotated[int, typer.Option(min=1, help="How many devices --dry-run plans for.")] = 1,
