@@ -189,9 +189,8 @@ def test_the_heads_loss_reaches_no_score_model(dual: DualStream) -> None:
     gradients = []
     for gan in (True, False):
         dual.fake_score.zero_grad(set_to_none=True)
-        dual._auxiliary_loss(draws if gan else Draws.of(range(2), seed=0, step=0, part=1, device=CPU), gan)[
-            0
-        ].backward()
+        draws = Draws.of(range(2), seed=0, step=0, part=1, device=CPU)
+        dual._auxiliary_loss(draws, gan)[0].backward()
         gradients.append([p.grad for p in dual.fake_score.parameters() if p.grad is not None])
     for with_heads, without in zip(*gradients, strict=True):
         torch.testing.assert_close(with_heads, without, rtol=1e-4, atol=1e-7)
