@@ -5,6 +5,7 @@ Commands import what they need when they run, so that `duovsr --help` loads no t
 
 from __future__ import annotations
 
+import errno
 import json
 import signal
 import sys
@@ -15,7 +16,7 @@ import typer
 from rich.console import Console
 
 from duovsr import __version__
-from duovsr.errors import EXIT_OK, EXIT_WARNINGS, DuovsrError, UsageError
+from duovsr.errors import EXIT_OK, EXIT_WARNINGS, DuovsrError, NoSpaceError, UsageError
 from duovsr.options import UpscaleOptions
 from duovsr.progress import Reporter, stderr
 
@@ -208,7 +209,14 @@ def train(
     if dry_run:
         _show(describe(job, config, devices), as_json=False)
         return
-    run_job(job, config)
+    try:
+        run_job(job, config)
+    except OSError as error:
+        where = f"cannot write to `{error.filename or out}`: {error.strerror or error}"
+        raise (NoSpaceError if error.errno == errno.ENOSPC else UsageError)(where) from error
+    except (KeyboardInterrupt, _Terminated) as error:
+        code = EXIT_TERMINATED if isinstance(error, _Terminated) else EXIT_INTERRUPTED
+        _fail("interrupted", "run the same command to go on, or to start the stage again", code)
 
 
 def _parse_size(text: str | None) -> tuple[int, int] | None:

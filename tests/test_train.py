@@ -21,7 +21,7 @@ from duovsr.train.draws import Draws
 from duovsr.train.journal import note_settings
 from duovsr.train.loop import Run
 from duovsr.train.losses import gradient_loss, temporal_loss
-from duovsr.train.options import RECIPES, DualConfig, ProgressiveConfig, StageConfig
+from duovsr.train.options import RECIPES, DualConfig, ExportConfig, ProgressiveConfig, StageConfig
 from duovsr.train.roles import ode_solution
 from duovsr.train.runs import load_weights
 from duovsr.train.sources import sharpness as exact_sharpness
@@ -155,7 +155,7 @@ def test_the_chain_trains_and_its_model_loads(
         strip = Image.open(sorted((tmp_path / stage / "samples").glob("*.png"))[0])
         assert strip.size == (3 * 32, 2 * 32) or strip.size == (3 * 32, 4 * 32), stage
     assert {"vae", "model", "score"} <= set(load_weights(tmp_path / "one"))
-    run_job(Job("export", tmp_path / "weights" / "tiny", init=tmp_path / "refine"), None)
+    run_job(Job("export", tmp_path / "weights" / "tiny", init=tmp_path / "refine"), ExportConfig())
     monkeypatch.setattr("duovsr.weights.weights_folder", lambda: tmp_path / "weights")
     assert all(status.verified for status in check_files("tiny"))
     assert load_model("tiny", CPU, torch.float32).prompt.shape == (1, 4, 16)
@@ -211,10 +211,23 @@ def test_a_recipe_runs_to_its_end_and_passes_over_what_is_done(training_pool: Pa
     assert times == {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/final.pt")}
 
 
+def test_export_blends_two_runs_of_a_model(training_pool: Path, tmp_path: Path) -> None:
+    run_stage("vae", tmp_path / "vae", "steps=1", data=(training_pool,))
+    for name, seed in (("a", 1), ("b", 2)):
+        run_stage("base", tmp_path / name, "steps=1", f"seed={seed}", data=(training_pool,), init=tmp_path / "vae")
+    job = Job("export", tmp_path / "weights" / "tiny", init=tmp_path / "a")
+    run_job(job, resolve(job, [f"blend={tmp_path / 'b'}", "share=0.25"]))
+    a, b, mixed = (load_weights(path)["model"] for path in (tmp_path / "a", tmp_path / "b", job.out))
+    for name, value in mixed.items():
+        torch.testing.assert_close(value, 0.75 * a[name] + 0.25 * b[name], rtol=0.01, atol=1e-3)
+    with pytest.raises(UsageError, match="unsupported share"):
+        resolve(job, ["share=2"])
+
+
 def test_tune_adapts_a_model_to_somebodys_clips(training_pool: Path, tmp_path: Path) -> None:
     run_stage("vae", tmp_path / "vae", "steps=1", data=(training_pool,))
     run_stage("base", tmp_path / "base", "steps=1", data=(training_pool,), init=tmp_path / "vae")
-    run_job(Job("export", tmp_path / "weights" / "tiny", init=tmp_path / "base"), None)
+    run_job(Job("export", tmp_path / "weights" / "tiny", init=tmp_path / "base"), ExportConfig())
     clips = tmp_path / "clips"
     clips.mkdir()
     for name in ("a", "b"):

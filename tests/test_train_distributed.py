@@ -60,6 +60,13 @@ def test_two_processes_train_as_one(
     assert max((mine[name] - theirs[name]).abs().max() for name in mine) < 1e-4
 
 
+def test_the_stages_in_pixels_train_as_one_too(training_pool: Path, vae: Path, alone: Path, tmp_path: Path) -> None:
+    launch(2, "vae", tmp_path / "vae", training_pool, "-", *SETTINGS, "steps=1")
+    launch(2, "refine", tmp_path / "refine", training_pool, alone, *SETTINGS, "steps=2", "adversarial_start=1")
+    assert losses(tmp_path / "vae") == pytest.approx(losses(vae), abs=1e-4)
+    assert (tmp_path / "refine" / "final.pt").exists()
+
+
 def test_a_checkpoint_of_two_processes_is_the_same_on_one_and_three(tmp_path: Path) -> None:
     launch(2, "state", tmp_path / "checkpoints")
     states: list[Any] = []

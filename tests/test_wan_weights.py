@@ -20,6 +20,7 @@ from duovsr.model import key_maps
 from duovsr.model.transformer import Transformer
 from duovsr.model.wan_vae import WanVAE
 from duovsr.options import PRESETS, Preset, TransformerConfig, WanVAEConfig
+from duovsr.train.options import ExportConfig
 from duovsr.train.runs import load_weights
 from duovsr.train.stages import Job, resolve, run_job
 from duovsr.weights import FILES, is_text_to_video, load_transformer, load_wan_vae
@@ -303,7 +304,7 @@ def test_the_chain_trains_from_a_wan_folder(wan: Path, vae: State, training_pool
     assert before["transformer.patch_embedding.weight"][:, 16:].any()
 
     exported = tmp_path / "models" / "mine"
-    run_job(Job("export", exported, init=init), None)
+    run_job(Job("export", exported, init=init), ExportConfig())
     assert json.loads((exported.parent / "manifest.json").read_text())["mine"].keys() == set(FILES)
     assert not is_text_to_video(exported)
     transformer = load_transformer(exported, SMALL, CPU, torch.float32)

@@ -22,6 +22,7 @@ def cache_latents(run: Run, config: LatentsConfig, inputs: Inputs) -> None:
     vae = inputs.autoencoder(run)
     source = EncodedFrames(inputs.frames(config), vae, run)
     run.out.mkdir(parents=True, exist_ok=True)
+    (run.out / SHARPNESS).unlink(missing_ok=True)  # written last: latents with it are finished
     pairs: np.memmap | None = None
     sharpness = np.zeros(config.samples, np.float32)
     for row in tqdm(range(config.samples), desc=run.out.name, disable=None):

@@ -16,8 +16,11 @@ from types import TracebackType
 from typing import Any
 
 import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save
+
+from duovsr.errors import InputError
 
 State = Mapping[str, Any]
 
@@ -87,7 +90,14 @@ class Checkpoints:
         path = self.latest()
         if path is None:
             return False
-        load(state, checkpoint_id=path, no_dist=not dist.is_initialized())
+        try:
+            load(state, checkpoint_id=path, no_dist=not dist.is_initialized())
+        except (CheckpointException, OSError, ValueError, RuntimeError) as error:
+            names = ", ".join(p.name for p in sorted(self.folder.glob("step_*")))
+            raise InputError(
+                f"damaged checkpoint, or one of another model: `{path}`",
+                hint=f"write another of {names} into `{self.folder / 'latest'}`, or start anew",
+            ) from error
         return True
 
 

@@ -6,9 +6,11 @@ processes nor of micro-batches changes what is seen.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from dataclasses import dataclass, is_dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -53,18 +55,21 @@ class Pool:
     run there, come from the other pools.
     """
 
-    def __init__(self, folders: list[Path], degradation: DegradationConfig | None = None) -> None:
+    def __init__(self, folders: list[Path]) -> None:
         for folder in folders:
             if not (folder / "scale.npy").is_file():
                 raise InputError(f"not a finished training pool: `{folder}`", hint="make it with `duovsr train pool`")
-        self.degradation = degradation or DegradationConfig()
-        self.hq = [np.load(folder / "hq.npy", mmap_mode="r") for folder in folders]
-        self.lq = [
-            np.load(folder / "lq.npy", mmap_mode="r") if (folder / "lq.npy").is_file() else None for folder in folders
-        ]
-        self.scale = [np.load(folder / "scale.npy") for folder in folders]
+        self.hq = [_array(folder / "hq.npy") for folder in folders]
+        self.lq = [_array(folder / "lq.npy") if (folder / "lq.npy").is_file() else None for folder in folders]
+        self.scale = [_array(folder / "scale.npy") for folder in folders]
+        self.degradation = [_degradation_of(folder) for folder in folders]
         self.usable = [(i, int(row)) for i, scale in enumerate(self.scale) for row in np.flatnonzero(scale)]
+        if not self.usable:
+            raise InputError(f"no usable window in training pool: `{folders[0]}`", hint="see its pool.json")
         self.length, self.side = self.hq[0].shape[1:3]
+        for folder, hq in zip(folders, self.hq, strict=True):
+            if hq.shape[1:3] != (self.length, self.side):
+                raise InputError(f"windows of another size than those of `{folders[0]}`: `{folder}`")
 
     def require(self, crop: int, frames: int) -> None:
         """Raises InputError where the windows are smaller than what a stage asks for."""
@@ -108,19 +113,19 @@ class Pool:
     def _lq(self, windows: list[_Window], whole: list[Tensor], draws: Draws) -> list[Tensor]:
         """LQ of whole HQ windows (3, T, side, side): (3, T, h, w) each, in [-1, 1]."""
         lq: dict[int, Tensor] = {}
-        live: dict[int, list[int]] = {}  # by the LQ's side: those are degraded as one batch
+        live: dict[tuple[int, int], list[int]] = {}  # by pool and the LQ's side: those are degraded as one batch
         for i, window in enumerate(windows):
             small = round(self.side / float(self.scale[window.pool][window.row]))
             stored = self.lq[window.pool]
             if stored is None:
-                live.setdefault(small, []).append(i)
+                live.setdefault((window.pool, small), []).append(i)
             else:
                 T = whole[i].shape[1]
                 lq[i] = _to_float(stored[window.row, window.t : window.t + T, :small, :small], draws.device)
-        for small, members in live.items():
+        for (pool, small), members in live.items():
             hq = torch.stack([(whole[i].transpose(0, 1) + 1) / 2 for i in members])
             generators = [draws.generators[i] for i in members]
-            degraded = degrade_batch(hq, small, small, self.degradation, generators)
+            degraded = degrade_batch(hq, small, small, self.degradation[pool], generators)
             lq |= {i: one.transpose(0, 1) * 2 - 1 for i, one in zip(members, degraded, strict=True)}
         return [lq[i] for i in range(len(windows))]
 
@@ -131,8 +136,8 @@ class LatentPool:
     def __init__(self, folder: Path) -> None:
         if not (folder / SHARPNESS).is_file():  # written last
             raise InputError(f"no finished latents in `{folder}`", hint="make them with `duovsr train latents`")
-        self.pairs = np.load(folder / LATENTS, mmap_mode="r")
-        self.sharpness = np.load(folder / SHARPNESS)
+        self.pairs = _array(folder / LATENTS)
+        self.sharpness = _array(folder / SHARPNESS)
 
     def latents(self, draws: Draws) -> Latents:
         rows = [int(torch.randint(len(self.pairs), (), generator=g)) for g in draws.generators]
@@ -148,8 +153,11 @@ class PairPool:
         path = folder / PAIRS
         if not path.is_file():
             raise InputError(f"no preference pairs in `{folder}`", hint="make them with `duovsr train prefs`")
-        with np.load(path) as arrays:
-            self.arrays = [torch.from_numpy(arrays[name]) for name in ("z_lq", "chosen", "rejected")]
+        try:
+            with np.load(path) as arrays:
+                self.arrays = [torch.from_numpy(arrays[name]) for name in ("z_lq", "chosen", "rejected")]
+        except _DAMAGED as error:
+            raise InputError(f"damaged preference pairs: `{path}`", hint="make them again") from error
 
     def batch(self, draws: Draws) -> tuple[Tensor, Tensor, Tensor]:
         """LQ, chosen and rejected latents (B, C, T, h, w), float32."""
@@ -164,6 +172,40 @@ def sharpness(frames: Tensor) -> Tensor:
     grey = ((frames[:, :, 0] + 1) * 127.5 * weights).sum(1, keepdim=True)
     kernel = torch.tensor([[0.0, 1, 0], [1, -4, 1], [0, 1, 0]], device=frames.device)
     return F.conv2d(F.pad(grey, (1, 1, 1, 1), mode="reflect"), kernel[None, None]).var((1, 2, 3))
+
+
+_DAMAGED = (OSError, ValueError, EOFError, KeyError, BadZipFile)
+
+
+def _array(path: Path) -> np.ndarray:
+    try:
+        array: np.ndarray = np.load(path, mmap_mode="r")
+    except _DAMAGED as error:
+        raise InputError(f"damaged training data: `{path}`", hint="make it again") from error
+    return array
+
+
+def _degradation_of(folder: Path) -> DegradationConfig:
+    """What a pool's `pool.json` says of its degradation; a live pool goes on with it."""
+    path = folder / "pool.json"
+    if not path.is_file():
+        return DegradationConfig()
+    try:
+        return _filled(DegradationConfig(), json.loads(path.read_text())["config"]["degradation"])
+    except _DAMAGED as error:
+        raise InputError(f"damaged training data: `{path}`", hint="make it again") from error
+
+
+def _filled(config: Any, values: dict[str, Any]) -> Any:
+    """A configuration with the values that were written as JSON."""
+    changes: dict[str, Any] = {}
+    for name, value in values.items():
+        if not hasattr(config, name):
+            continue  # of an older release
+        current = getattr(config, name)
+        nested = is_dataclass(current) and isinstance(value, dict)
+        changes[name] = _filled(current, value) if nested else tuple(value) if isinstance(value, list) else value
+    return replace(config, **changes)
 
 
 def _to_float(frames: np.ndarray, device: torch.device) -> Tensor:

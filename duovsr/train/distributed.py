@@ -75,6 +75,8 @@ def place(module: Module, world: World, dtype: str = "float32") -> Module:
     module.to(world.device)
     if world.mesh is None:
         return module
+    for parameter in module.parameters():
+        parameter.data = parameter.data.contiguous()  # FSDP shards no channels-last ones
     gathered = torch.bfloat16 if dtype == "bfloat16" else torch.float32
     # Inputs keep their type: bfloat16 would round the timestep.
     policy = MixedPrecisionPolicy(param_dtype=gathered, reduce_dtype=torch.float32, cast_forward_inputs=False)
@@ -106,6 +108,11 @@ def mean_over_ranks(value: Tensor, world: World) -> Tensor:
         dist.all_reduce(value)
         value /= world.size
     return value
+
+
+def wait_for_all(world: World) -> None:
+    if world.mesh is not None:
+        dist.barrier()
 
 
 def any_rank(flag: bool, world: World) -> bool:

@@ -16,7 +16,7 @@ class Draws:
         self.device = device
 
     @classmethod
-    def of(cls, indices: range, *, seed: int, step: int, part: int, device: torch.device) -> Draws:
+    def of(cls, indices: range, *, seed: int | str, step: int, part: int, device: torch.device) -> Draws:
         """Those of samples `indices` of the global batch. `part` tells the updates of one step apart."""
         return cls([_seed(f"{seed}/{step}/{part}/{index}") for index in indices], device)
 

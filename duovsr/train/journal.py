@@ -96,6 +96,7 @@ def note_settings(folder: Path, stage: str, preset: str, config: StageConfig, in
     noted = json.loads(path.read_text())
     different = [name for name in ("stage", "preset") if noted[name] != described[name]]
     settings = described["settings"]
+    different += [k for k in described["inputs"] if noted["inputs"].get(k) != described["inputs"][k]]
     different += [k for k in settings if k not in _FREE and noted["settings"].get(k, settings[k]) != settings[k]]
     if different:
         raise UsageError(

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from duovsr.errors import TrainError
 from duovsr.train.checkpoint import Checkpoints
-from duovsr.train.distributed import World, any_rank, full, local, mean_over_ranks
+from duovsr.train.distributed import World, any_rank, full, local, mean_over_ranks, wait_for_all
 from duovsr.train.draws import Draws
 from duovsr.train.journal import Journal
 from duovsr.train.options import StageConfig
@@ -33,9 +33,11 @@ Scores = dict[str, float]
 
 
 class Interrupted(TrainError):
-    """SIGTERM or SIGINT; the state is saved."""
+    """SIGINT (exit code 130) or SIGTERM (143); the state is saved."""
 
-    exit_code = 130
+    def __init__(self, message: str, number: int) -> None:
+        super().__init__(message, hint="run the same command to go on")
+        self.exit_code = 128 + number
 
 
 class Ema:
@@ -92,10 +94,13 @@ class Run:
         config, world = self.config, self.world
         size = config.batch // config.accumulate // world.size
         if size * world.size * config.accumulate != config.batch:
-            raise TrainError(f"batch {config.batch} does not divide over {world.size} processes")
+            raise TrainError(
+                f"batch {config.batch} does not divide by {world.size} processes times accumulate={config.accumulate}"
+            )
         for i in range(config.accumulate):
             start = (i * world.size + world.rank) * size
-            yield Draws.of(range(start, start + size), seed=config.seed, step=step, part=part, device=self.device)
+            seed = f"{type(config).__name__}/{config.seed}"  # stages do not see each other's crops and noise again
+            yield Draws.of(range(start, start + size), seed=seed, step=step, part=part, device=self.device)
 
     def update(
         self,
@@ -187,12 +192,11 @@ def run_loop(run: Run, trained: Trained, step_function: StepFunction) -> None:
                 if stopping or exhausted or done % config.save_every == 0 or done == total:
                     checkpoints.save(_state(root, optimizers, emas, position, done), done)
                 if stopping:
-                    raise Interrupted(
-                        f"interrupted at step {done} of {total}; saved", hint="run the same command to go on"
-                    )
+                    raise Interrupted(f"interrupted at step {done} of {total}; saved", stop.number)
                 if exhausted:
                     break
     save_atomically(_left(trained, emas), run.out / FINAL, world)
+    wait_for_all(world)  # the next stage reads it
 
 
 def _bar(run: Run, start: int, total: int) -> Iterable[int]:
@@ -287,16 +291,23 @@ def _resume(
     return int(numbers[0])
 
 
+class _Stop(threading.Event):
+    """Set by a signal; `number` says which. On other ranks it stays SIGTERM's, as torchrun sends it."""
+
+    number = int(signal.SIGTERM)
+
+
 @contextmanager
-def _signals() -> Iterator[threading.Event]:
-    """An event that SIGTERM or SIGINT sets: the step under way ends, the state is saved. Again: at once."""
-    stop = threading.Event()
+def _signals() -> Iterator[_Stop]:
+    """A flag that SIGTERM or SIGINT sets: the step under way ends, the state is saved. Again: at once."""
+    stop = _Stop()
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
 
     def note(number: int, frame: object) -> None:
         stop.set()
+        stop.number = number
         signal.signal(number, before[signal.Signals(number)])
 
     before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}

@@ -48,8 +48,6 @@ def roles_of(stage: str, config: StageConfig) -> Roles | None:
 
 def describe(job: Job, config: Any, devices: int) -> dict[str, Any]:
     """The resolved configuration of a job and its plan; of a recipe, stage by stage."""
-    if config is None:
-        return {}
     if isinstance(config, dict):
         return {stage: describe(_at(job, stage), each, devices) for stage, each in config.items()}
     settings = asdict(config)

@@ -6,7 +6,8 @@ methods that the stage is built from (DMD2, Flow-DPO, progressive distillation),
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from duovsr.errors import UsageError
@@ -15,6 +16,24 @@ from duovsr.errors import UsageError
 def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise UsageError(f"unsupported {name}: `{value}`", hint=f"use one of: {', '.join(choices)}")
+
+
+_ABOVE_ZERO = frozenset(
+    "steps batch accumulate crop frames clip keep log_every save_every validate_every validation_samples learning_rate"
+    " fake_rate head_rate discriminator_rate shift beta statistics_momentum faithful_every head_width pairs candidates"
+    " samples side".split()
+)
+_BELOW_ONE = frozenset("beta1 beta2 ema prompt_dropout".split())
+
+
+def _check_range(name: str, value: object) -> None:
+    """Every number is finite and not negative; some are more."""
+    if isinstance(value, bool | str) or not isinstance(value, int | float):
+        return
+    positive, below = name in _ABOVE_ZERO, name in _BELOW_ONE
+    if not math.isfinite(value) or value < 0 or (positive and value == 0) or (below and value >= 1):
+        wanted = "more than 0" if positive else "from 0 to below 1" if below else "0 or more"
+        raise UsageError(f"unsupported {name}: `{value}`", hint=f"use a number, {wanted}")
 
 
 @dataclass(frozen=True)
@@ -48,19 +67,8 @@ class StageConfig:
     patience: int = 0  # validations without a better score before the run stops; 0: never
 
     def __post_init__(self) -> None:
-        for name in (
-            "steps",
-            "batch",
-            "accumulate",
-            "crop",
-            "frames",
-            "log_every",
-            "save_every",
-            "keep",
-            "validate_every",
-        ):
-            if getattr(self, name) < 1:
-                raise UsageError(f"unsupported {name}: `{getattr(self, name)}`", hint="use 1 or more")
+        for each in fields(self):
+            _check_range(each.name, getattr(self, each.name))
         if self.batch % self.accumulate:
             raise UsageError(f"batch `{self.batch}` does not divide into {self.accumulate} micro-batches")
         if self.frames % 4 != 1:
@@ -103,7 +111,7 @@ class BaseConfig(StageConfig):
 
 @dataclass(frozen=True)
 class LatentsConfig(StageConfig):
-    """Latents of `samples` random crops, kept on disk."""
+    """Latents of `samples` random crops, kept on disk. `steps`, `batch` and the optimiser's settings are not used."""
 
     samples: int = 10_000
 
@@ -131,6 +139,8 @@ class ProgressiveConfig(StageConfig):
         if self.start < 2 or self.start & (self.start - 1):
             raise UsageError(f"unsupported start: `{self.start}`", hint="use a power of two from 2 on")
         _one_of("weighting", self.weighting, ("velocity", "paper"))
+        if self.patience:
+            raise UsageError("progressive distillation cannot stop early: its rounds are of a length")
 
     @property
     def rounds(self) -> int:
@@ -164,6 +174,8 @@ class DualConfig(StageConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         _one_of("count", self.count, ("student", "all"))
+        if not 0 <= self.sigma_range[0] < self.sigma_range[1] <= 1:
+            raise UsageError(f"unsupported sigma_range: `{self.sigma_range}`", hint="two rising numbers from 0 to 1")
         _one_of("streams", self.streams, ("joint", "dmd", "gan", "sequential"))
         _one_of("features", self.features, ("both", "real", "fake"))
         _one_of("discriminator_input", self.discriminator_input, ("noised", "clean"))
@@ -171,10 +183,9 @@ class DualConfig(StageConfig):
 
 @dataclass(frozen=True)
 class PrefsConfig(StageConfig):
-    """Stage III, preference pairs (section 7.2). `steps` x `batch` LQ clips are looked at."""
+    """Stage III, preference pairs (section 7.2). `steps`, `batch` and the optimiser's settings are not used."""
 
-    steps: int = 250
-    pairs: int = 2000  # paper
+    pairs: int = 2000  # LQ clips looked at; ties and what cannot be measured give no pair (the paper: 2,000 pairs)
     candidates: int = 5  # paper
     rankers: tuple[str, ...] = ("ssim", "detail", "steady")  # need nothing more; paper: lpips, musiq, dover
 
@@ -224,6 +235,19 @@ class TuneConfig(RefineConfig):
 
 
 @dataclass(frozen=True)
+class ExportConfig:
+    """Which weights are written: a run's, or those between it and another run of the same model (network
+    interpolation, Wang et al., ESRGAN, section 3.4: between fidelity and detail)."""
+
+    blend: str = ""  # the other run
+    share: float = 0.0  # its part
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.share <= 1:
+            raise UsageError(f"unsupported share: `{self.share}`", hint="use a number from 0 to 1")
+
+
+@dataclass(frozen=True)
 class Recipe:
     """Stages in order, for a preset."""
 
@@ -248,7 +272,7 @@ RECIPES: dict[str, Recipe] = {
             "cfg": CFGConfig(),
             "progressive": ProgressiveConfig(steps=150, start=64),
             "dual": DualConfig(steps=1000),
-            "prefs": PrefsConfig(pairs=500, steps=63),
+            "prefs": PrefsConfig(pairs=500),
             "dpo": DPOConfig(steps=300),
             "refine": RefineConfig(),
         },

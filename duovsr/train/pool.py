@@ -61,7 +61,10 @@ class PoolConfig:
             raise UsageError(f"unsupported side: `{self.side}`", hint="a multiple of 24 keeps the LQ's sides even")
         if min(self.samples, self.frames, self.workers) < 1:
             raise UsageError("samples, frames and workers must be at least 1")
-        if min(self.scale_weights) < 0 or not any(self.scale_weights):
+        for name in ("stills", "skip_frames"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UsageError(f"unsupported {name}: `{getattr(self, name)}`", hint="a part, from 0 to 1")
+        if not (all(0 <= w < math.inf for w in self.scale_weights) and any(self.scale_weights)):
             raise UsageError(
                 f"unsupported scale_weights: `{self.scale_weights}`", hint="parts of a whole, none negative"
             )
@@ -152,6 +155,9 @@ def build_pool(folders: list[Path], out: Path, config: PoolConfig) -> None:
     with _processes(config.workers) as each:
         record = known or _survey(found, config, each)
         sources = [replace(s, sharpness=record["sources"][s.name]) for s in found if s.name in record["sources"]]
+        if not sources:
+            reasons = "; ".join(list(record["skipped"].values())[:3]) or "none is on this side of the validation split"
+            raise TrainError(f"no usable training source in {len(found)}: {reasons}")
         choice = _draw(sources, config)
         if not known:  # from here on the folder is this pool's
             for name in (SCALE, _PARTIAL, HQ, LQ):
@@ -244,12 +250,10 @@ def _draw(sources: list[Source], config: PoolConfig) -> list[int]:
     for still in (True, False):
         rows = from_still == still
         weights = torch.tensor([s.weight * (s.still == still) for s in sources], dtype=torch.float64)
-        if weights.any():
-            drawn = torch.multinomial(weights, config.samples, replacement=True, generator=generator)
-            choice[rows] = drawn[rows]
-        elif rows.any():
-            hint = f"add some, or set the part of the stills with `--set stills={0 if still else 1}`"
-            raise TrainError(f"the {len(sources)} usable sources have no {'stills' if still else 'clips'}", hint=hint)
+        if not weights.any():  # clips only, or stills only
+            weights = torch.tensor([s.weight for s in sources], dtype=torch.float64)
+        drawn = torch.multinomial(weights, config.samples, replacement=True, generator=generator)
+        choice[rows] = drawn[rows]
     return choice.tolist()
 
 

@@ -23,6 +23,7 @@ class ScorePair:
         """`used`: both, real or fake (Table 5)."""
         self.real, self.fake, self.used = real, fake, used
         self._kept: dict[str, list[Tensor]] = {"real": [], "fake": []}
+        self._running = False
         for name, model in (("real", real), ("fake", fake)):
             for index in tapped_blocks(len(model.transformer.blocks)):
                 model.transformer.blocks[index].register_forward_hook(self._hook(name))
@@ -36,8 +37,10 @@ class ScorePair:
         """Velocities of both models and the features (B, C, T, h / 2, w / 2) of each tap."""
         for kept in self._kept.values():
             kept.clear()
+        self._running = True
         v_fake = self.fake(noisy, z_lq, sigma)
         v_real = guided_velocity(self.real, noisy, z_lq, sigma, guidance)
+        self._running = False  # blocks also run again in the backward pass, where activations are recomputed
         taps = len(self._kept["fake"])
         pairs = zip(self._kept["real"][:taps], self._kept["fake"], strict=True)  # guidance calls the model again
         chosen = {"both": slice(0, 2), "real": slice(0, 1), "fake": slice(1, 2)}[self.used]
@@ -47,7 +50,8 @@ class ScorePair:
 
     def _hook(self, name: str):  # type: ignore[no-untyped-def]
         def keep(module: nn.Module, arguments: object, output: tuple[Tensor, object]) -> None:
-            self._kept[name].append(output[0])  # tokens (B, T, H, W, D)
+            if self._running:
+                self._kept[name].append(output[0])  # tokens (B, T, H, W, D)
 
         return keep
 

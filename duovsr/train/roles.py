@@ -114,7 +114,8 @@ class Inputs:
 
 def diffusion_model(preset: Preset, weights: Mapping[str, Tensor], run: Run, *, trained: bool) -> DiffusionModel:
     model = fill(DiffusionModel(preset), weights, preset)
-    model.transformer.checkpointing = trained and run.config.checkpointing
+    # Frozen ones too: the student's gradient passes through the score models.
+    model.transformer.checkpointing = run.config.checkpointing
     return model if trained else frozen(model)
 
 

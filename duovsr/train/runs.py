@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from duovsr.errors import InputError
+from duovsr.errors import InputError, TrainError
 from duovsr.train.distributed import World
+from duovsr.train.options import ExportConfig
 from duovsr.weights import FILES, find_wan, read_checkpoint, read_safetensors, read_transformer, read_wan, save_model
 
 FINAL, BEST = "final.pt", "best.pt"
@@ -61,9 +62,12 @@ def pick(weights: Weights, name: str, source: Path) -> dict[str, Tensor]:
 
 
 def save_atomically(weights: Mapping[str, Mapping[str, Tensor]], path: Path, world: World) -> None:
-    """The first rank writes; no reader ever sees half a file."""
+    """The first rank writes; no reader ever sees half a file. Raises TrainError where a weight is not finite."""
     if not world.first:
         return
+    for name, state in weights.items():
+        if not all(tensor.isfinite().all() for tensor in state.values()):
+            raise TrainError(f"weights of `{name}` are not finite: nothing was written to `{path}`")
     partial = path.with_suffix(".part")
     with partial.open("wb") as file:
         torch.save(dict(weights), file)
@@ -72,10 +76,19 @@ def save_atomically(weights: Mapping[str, Mapping[str, Tensor]], path: Path, wor
     os.replace(partial, path)
 
 
-def export(source: Path, out: Path, preset: str) -> None:
+def _blended(name: str, source: Path, config: ExportConfig) -> dict[str, Tensor]:
+    state = pick(load_weights(source), name, source)
+    if not config.blend:
+        return state
+    other = pick(load_weights(Path(config.blend)), name, Path(config.blend))
+    if {k: v.shape for k, v in other.items()} != {k: v.shape for k, v in state.items()}:
+        raise InputError(f"runs of different models: `{source}` and `{config.blend}`")
+    return {key: torch.lerp(value.float(), other[key].float(), config.share) for key, value in state.items()}
+
+
+def export(source: Path, out: Path, preset: str, config: ExportConfig) -> None:
     """Write the `model` and `vae` of a finished run as model folder `out`, and its sha256 in the manifest beside it."""
-    weights = load_weights(source)
-    model, vae = pick(weights, "model", source), pick(weights, "vae", source)
+    model, vae = (_blended(name, source, config) for name in ("model", "vae"))
     transformer = {k.removeprefix("transformer."): v for k, v in model.items() if k.startswith("transformer.")}
     prompt = {k.removeprefix("prompt."): v for k, v in model.items() if k.startswith("prompt.")}
     save_model(out.parent, out.name, preset, dict(zip(FILES, (transformer, vae, prompt), strict=True)))

@@ -59,12 +59,14 @@ class DualStream:
         self.real_score = place(diffusion_model(preset, score, run, trained=False), world, config.dtype)
         self.scores = ScorePair(self.real_score, self.fake_score, config.features)
         self.heads = place(Heads(self.scores.channels(preset.transformer.dim), config.head_width, taps=3), world)
+        self.student_optimizer = self._adam(self.student, config.learning_rate)
+        self.fake_optimizer = self._adam(self.fake_score, config.fake_rate)
+        self.head_optimizer = self._adam(self.heads, config.head_rate)
+
+    def _adam(self, module: nn.Module, rate: float) -> torch.optim.AdamW:
+        config = self.config
         betas = (config.beta1, config.beta2)
-        self.student_optimizer = torch.optim.AdamW(
-            self.student.parameters(), config.learning_rate, betas, weight_decay=0.0
-        )
-        self.fake_optimizer = torch.optim.AdamW(self.fake_score.parameters(), config.fake_rate, betas, weight_decay=0.0)
-        self.head_optimizer = torch.optim.AdamW(self.heads.parameters(), config.head_rate, betas, weight_decay=0.0)
+        return torch.optim.AdamW(module.parameters(), rate, betas, weight_decay=config.weight_decay)
 
     def streams(self, step: int) -> tuple[bool, bool]:
         """Whether DMD and the GAN are on at a step (Table 4)."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -95,7 +96,9 @@ def _write(
         "clips": record,
     }
     (out / RECORD).write_text(json.dumps(described, indent=1) + "\n")
-    np.savez(out / PAIRS, z_lq=kept[:, 0], chosen=kept[:, 1], rejected=kept[:, 2])
+    partial = out / "pairs.part.npz"
+    np.savez(partial, z_lq=kept[:, 0], chosen=kept[:, 1], rejected=kept[:, 2])
+    os.replace(partial, out / PAIRS)
 
 
 def flow_dpo_loss(chosen: tuple[Tensor, Tensor], rejected: tuple[Tensor, Tensor], beta: float) -> tuple[Tensor, Tensor]:
@@ -112,7 +115,7 @@ def velocity_error(velocity: Tensor, x0: Tensor, eps: Tensor) -> Tensor:
 
 
 def train_dpo(run: Run, config: DPOConfig, inputs: Inputs) -> None:
-    """Flow DPO with shared noise and timestep in a pair. Leaves `vae`, `model` and, where there was one, `score`."""
+    """Flow DPO with shared noise and timestep in a pair. Leaves `vae` and `model`."""
     vae, preset, pairs = inputs.autoencoder(run), inputs.preset, inputs.pairs()
     reference = place(diffusion_model(preset, inputs.weights("model"), run, trained=False), run.world, config.dtype)
     student = place(diffusion_model(preset, inputs.weights("model"), run, trained=True), run.world, config.dtype)

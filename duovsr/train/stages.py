@@ -14,7 +14,7 @@ from duovsr.options import PRESETS, TinyVAEConfig
 from duovsr.train.base import train_base
 from duovsr.train.cache import cache_latents
 from duovsr.train.data import LATENTS, PAIRS, LatentPool, PairPool, Pool
-from duovsr.train.distributed import joined
+from duovsr.train.distributed import joined, wait_for_all
 from duovsr.train.journal import note_settings
 from duovsr.train.loop import Run
 from duovsr.train.options import (
@@ -23,6 +23,7 @@ from duovsr.train.options import (
     CFGConfig,
     DPOConfig,
     DualConfig,
+    ExportConfig,
     LatentsConfig,
     PrefsConfig,
     ProgressiveConfig,
@@ -32,6 +33,7 @@ from duovsr.train.options import (
     VAEConfig,
 )
 from duovsr.train.pool import PoolConfig, build_pool
+from duovsr.train.rankers import make_rankers
 from duovsr.train.refine import train_refine
 from duovsr.train.roles import Inputs
 from duovsr.train.runs import FINAL, export, load_weights
@@ -87,7 +89,7 @@ def resolve(job: Job, settings: list[str]) -> Any:
     elif job.stage in _TRAINERS:
         config = _TRAINERS[job.stage][0]
     else:
-        config = {"pool": PoolConfig(), "tune": TuneConfig(), "export": None}[job.stage]
+        config = {"pool": PoolConfig(), "tune": TuneConfig(), "export": ExportConfig()}[job.stage]
     for setting in settings:
         key, equals, value = setting.partition("=")
         if not equals:
@@ -104,7 +106,7 @@ def run_job(job: Job, config: Any) -> None:
     elif job.stage == "export":
         if job.init is None:
             raise UsageError("stage `export` needs a run", hint="add `--init RUN`")
-        export(job.init, job.out, job.preset)
+        export(job.init, job.out, job.preset, config)
     elif job.stage == "recipe":
         _run_recipe(job, config)
     elif job.stage == "tune":
@@ -123,23 +125,32 @@ def _run_stage(job: Job, config: StageConfig) -> None:
         raise UsageError("validation needs a pool of frames", hint="make one with `--set validation=true`")
     init = None if job.init is None else load_weights(job.init)
     inputs = Inputs(PRESETS[job.preset], data, held_out, init, job.init or Path())
+    if held_out is not None:
+        held_out.require(config.crop, config.frames)
     with joined(config.device) as world:
         if world.first:
             note_settings(job.out, job.stage, job.preset, config, _named(job))
-        _TRAINERS[job.stage][1](Run(job.out, config, world), config, inputs)
+        if world.first or job.stage not in ("latents", "prefs"):  # which are no job of many
+            _TRAINERS[job.stage][1](Run(job.out, config, world), config, inputs)
+        wait_for_all(world)
 
 
 def _run_recipe(job: Job, configs: dict[str, StageConfig]) -> None:
     """Each stage in `out/STAGE`, from the stage before; finished ones are passed over."""
     assert job.name is not None
+    if isinstance(prefs := configs.get("prefs"), PrefsConfig):
+        make_rankers(prefs.rankers, torch.device("cpu"))  # before hours of training, not after
+    elif "dpo" in configs:
+        raise UsageError("stage `dpo` needs the pairs of `prefs`", hint="add `--set dpo=off`")
     init = job.init
     for stage, config in configs.items():
         out = job.out / stage
         data = (job.out / "prefs",) if stage == "dpo" else job.data
-        if not (out / (PAIRS if stage == "prefs" else FINAL)).exists():
-            _run_stage(
-                replace(job, stage=stage, out=out, data=data, init=init, preset=RECIPES[job.name].preset), config
-            )
+        each = replace(job, stage=stage, out=out, data=data, init=init, preset=RECIPES[job.name].preset)
+        if (out / (PAIRS if stage == "prefs" else FINAL)).exists():
+            note_settings(out, stage, each.preset, config, _named(each))  # refuses what was made with others
+        else:
+            _run_stage(each, config)
         init = init if stage == "prefs" else out
 
 
@@ -153,7 +164,7 @@ def _tune(job: Job, config: TuneConfig) -> None:
         build_pool(list(job.data), pool, sampled)
     run = job.out / "refine"
     _run_stage(replace(job, stage="refine", data=(pool,), init=init, out=run), config)
-    export(run, job.out / "model", job.preset)
+    export(run, job.out / "model", job.preset, ExportConfig())
 
 
 def _need_data(job: Job) -> None:
@@ -185,6 +196,8 @@ def _with_setting(config: Any, path: list[str], value: str, setting: str) -> Any
     if not is_dataclass(config) or isinstance(config, type) or name not in {field.name for field in fields(config)}:
         raise UsageError(f"unknown setting: `{setting}`", hint="see the stage's configuration with `--dry-run`")
     current = getattr(config, name)
+    if is_dataclass(current) and not rest:
+        raise UsageError(f"not a single value: `{setting}`", hint=f"set a part of it, `{name}.PART=VALUE`")
     if rest:
         return replace(config, **{name: _with_setting(current, rest, value, setting)})
     return replace(config, **{name: _parse(value, current, setting)})
