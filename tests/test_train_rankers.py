@@ -165,7 +165,7 @@ def test_rank_sum_by_hand() -> None:
         (("psnr:x.pth",), "unknown ranker: `psnr:x.pth`", "psnr, ssim"),
         (("niqe:a", "niqe:b"), "given twice", "once"),
         (("lpips:x.pth",), "ranker `lpips` needs pyiqa", "or rank by psnr, ssim, vmaf, niqe:PATH"),
-        (("dover",), "ranker `dover` needs pyiqa", "or rank by psnr, ssim, vmaf, niqe:PATH"),
+        (("dover",), "ranker `dover` needs the package `dover`", "or rank by psnr, ssim, vmaf, niqe:PATH"),
         (("niqe",), "`niqe` would download", "niqe:PATH"),
     ],
 )
@@ -265,7 +265,6 @@ def test_learned_metrics_want_local_weights_of_their_own(pyiqa: FakePyiqa, tmp_p
     refused = {
         "lpips": "`lpips` would download its weights",
         "musiq": "`musiq` would download its weights",
-        "dover": "no metric `dover`",
         "musiq:/nowhere.pth": "cannot read weights: `/nowhere.pth`",
         f"musiq:{text}": "cannot read weights",
         f"lpips:{empty}": "not weights of `lpips`",
@@ -279,6 +278,45 @@ def test_learned_metrics_want_local_weights_of_their_own(pyiqa: FakePyiqa, tmp_p
     with pytest.raises(UsageError, match=r"would download `.*alexnet"):
         only(f"lpips:{good}")
     assert [path for _, _, path in pyiqa.created] == [str(other)]
+
+
+class FakeDover(torch.nn.Module):
+    """As the authors' model is called: two views in, two scores out."""
+
+    def __init__(self, **settings: object) -> None:
+        super().__init__()
+        assert settings["divide_head"]
+        self.gain = torch.nn.Parameter(torch.zeros(()))
+
+    def forward(self, views: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+        assert list(views) == ["technical", "aesthetic"]
+        assert all(view.shape == (1, 3, 32, 224, 224) for view in views.values())
+        return [self.gain * view.diff(dim=-1).abs().mean().view(1, 1) for view in views.values()]
+
+
+def fake_view(clip: torch.Tensor, name: str, **options: int) -> torch.Tensor:
+    assert clip.shape[:2] == (3, 32) and 0 <= clip.min() <= clip.max() <= 255
+    assert ("fsize_h" in options) == (name == "technical")
+    return torch.nn.functional.interpolate(clip, (224, 224))
+
+
+def test_dover_is_fed_as_its_authors_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    models, datasets = ModuleType("dover.models"), ModuleType("dover.datasets")
+    models.DOVER, datasets.get_single_view = FakeDover, fake_view  # type: ignore[attr-defined]
+    for module in (ModuleType("dover"), models, datasets):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    path, other = tmp_path / "dover.pth", tmp_path / "other.pth"
+    torch.save({"gain": torch.tensor(0.1)}, path)
+    torch.save({"loss": torch.tensor(0.1)}, other)
+    ranker = make_rankers((f"dover:{path}",), CPU)[0]
+    sharp = torch.rand(1, 3, 5, 40, 48) * 2 - 1
+    soft = torch.nn.functional.avg_pool3d(sharp, (1, 3, 3), 1, (0, 1, 1))
+    assert 0 <= ranker(soft, sharp) < ranker(sharp, sharp) <= 1
+    assert ranker.higher_is_better and "sha256" in str(ranker.describe()["weights"])
+    with pytest.raises(UsageError, match="not weights of `dover`"):
+        make_rankers((f"dover:{other}",), CPU)
+    with pytest.raises(UsageError, match="`dover` would download its weights"):
+        make_rankers(("dover",), CPU)
 
 
 def test_descriptions_can_be_written_down() -> None:

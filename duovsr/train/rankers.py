@@ -1,8 +1,9 @@
 """Scorers by which the candidates of one LQ clip are ranked (paper section 7.2).
 
-The paper's are LPIPS, MUSIQ and DOVER: here through `pyiqa`, where a person has installed it (its licence is
-non-commercial as of 0.1.16) and names files of weights. pyiqa 0.1.16 has no DOVER; its authors publish it as scripts.
-The adapter was written after that release's source, and tested only against a fake `pyiqa`. Nothing here downloads.
+The paper's are LPIPS, MUSIQ and DOVER: here LPIPS and MUSIQ through `pyiqa` (non-commercial licence as of 0.1.16),
+DOVER through its authors' package `dover` (installed from their repository), where a person has installed them and
+names files of weights. The adapters were written after those sources, and tested only against fakes of the packages.
+Nothing here downloads.
 """
 
 from __future__ import annotations
@@ -117,6 +118,8 @@ def rank_sum(scores: list[dict[str, float]], rankers: list[Ranker]) -> list[floa
 
 def _make(spec: str, device: torch.device) -> Ranker:
     name, _, path = spec.partition(":")
+    if name == "dover":
+        return _dover(path, device)
     if name in LEARNED:
         return _learned(name, path, device)
     if name == "niqe":
@@ -201,8 +204,7 @@ def _learned(name: str, path: str, device: torch.device) -> Ranker:
     try:
         pyiqa = importlib.import_module("pyiqa")
     except ImportError as error:  # also for what it needs
-        hint = f"install it (0.1.16 has no DOVER), {_OFFLINE_HINT}"
-        raise UsageError(f"ranker `{name}` needs pyiqa: {error}", hint=hint) from error
+        raise UsageError(f"ranker `{name}` needs pyiqa: {error}", hint=f"install it, {_OFFLINE_HINT}") from error
     if name not in pyiqa.list_models():
         raise UsageError(f"this pyiqa has no metric `{name}`", hint=f"leave it out, {_OFFLINE_HINT}")
     weights = _check_weights(name, path)
@@ -220,6 +222,55 @@ def _learned(name: str, path: str, device: torch.device) -> Ranker:
         return scores.double().mean().item()
 
     return _Scorer(name, not metric.lower_better, "mean over frames", score, needs_truth, "pyiqa", weights)
+
+
+# Of DOVER's released `dover.yml`: its networks, the two views of a clip, and how its two scores become one.
+_DOVER_MODEL: dict[str, Any] = {
+    "backbone": {
+        "technical": {"type": "swin_tiny_grpb", "checkpoint": True, "pretrained": None},
+        "aesthetic": {"type": "conv_tiny"},
+    },
+    "backbone_preserve_keys": "technical,aesthetic",
+    "divide_head": True,
+    "vqa_head": {"in_channels": 768, "hidden_channels": 64},
+}
+_DOVER_VIEWS: dict[str, dict[str, int]] = {
+    "technical": {"fragments_h": 7, "fragments_w": 7, "fsize_h": 32, "fsize_w": 32, "aligned": 32},
+    "aesthetic": {"size_h": 224, "size_w": 224},
+}
+_DOVER_FUSION = {"technical": (0.1107, 0.07355, 0.6104), "aesthetic": (0.08285, 0.03774, 0.3896)}  # mean, sd, weight
+_DOVER_FRAMES = 32
+
+
+def _dover(path: str, device: torch.device) -> Ranker:
+    """DOVER's fused quality in 0..1. Clips shorter than its 32 frames are run back and forth."""
+    try:
+        models, datasets = (importlib.import_module(f"dover.{part}") for part in ("models", "datasets"))
+    except ImportError as error:
+        hint = f"install its authors' package, {_OFFLINE_HINT}"
+        raise UsageError(f"ranker `dover` needs the package `dover`: {error}", hint=hint) from error
+    weights = _check_weights("dover", path)
+    model = models.DOVER(**_DOVER_MODEL).to(device).eval()
+    try:
+        model.load_state_dict(torch.load(path, map_location=device, weights_only=True))
+    except RuntimeError as error:
+        reason = str(error).partition("\n")[0]
+        raise UsageError(f"not weights of `dover`: `{path}` ({reason})", hint=_OFFLINE_HINT) from error
+    mean, deviation = (torch.tensor(v).view(3, 1, 1, 1) for v in ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375)))
+
+    @torch.no_grad()
+    def score(output: Tensor, hq: Tensor) -> float:
+        clip = (output[0].cpu() + 1) * 127.5
+        clip = torch.cat([clip, clip.flip(1)] * math.ceil(_DOVER_FRAMES / clip.shape[1]), dim=1)[:, :_DOVER_FRAMES]
+        with torch.random.fork_rng():
+            torch.manual_seed(0)  # the technical view's fragments lie at random: the same for every candidate
+            views = {name: datasets.get_single_view(clip, name, **view) for name, view in _DOVER_VIEWS.items()}
+        results = model({name: ((view - mean) / deviation)[None].to(device) for name, view in views.items()})
+        parts = zip(results, (_DOVER_FUSION[name] for name in _DOVER_VIEWS), strict=True)
+        fused = sum((r.mean().item() - mean) / deviation * weight for r, (mean, deviation, weight) in parts)
+        return 1 / (1 + math.exp(-fused))
+
+    return _Scorer("dover", True, "fused quality, 0..1", score, False, "dover", weights)
 
 
 def _check_weights(name: str, path: str) -> str:
