@@ -1,6 +1,6 @@
 """The paper's claims in small: the real stages, one after the other, on the toy of `tests/toy.py`.
 
-The thresholds leave room for what five seeds gave, see `benchmarks/results/toy.json`.
+The thresholds leave room for what other seeds gave, seen on one seed at a time.
 """
 
 from __future__ import annotations

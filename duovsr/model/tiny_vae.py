@@ -89,7 +89,7 @@ class Decoder(nn.Module):
         self.lq_down = nn.Conv2d(4 * w4, w8, 1)
         self.latent_in = nn.Conv2d(config.latent_channels, w8, 3, padding=1)
         self.latent_blocks = nn.ModuleList(ResBlock(w8) for _ in range(config.latent_blocks))
-        self.expand_time = nn.Conv2d(2 * w8, TEMPORAL_FACTOR * w8, 1)
+        self.expand_time = nn.Conv2d(TEMPORAL_FACTOR * w8, TEMPORAL_FACTOR * w8, 1, groups=TEMPORAL_FACTOR)
         self.memory_blocks = nn.ModuleList(MemoryBlock(w8) for _ in range(config.blocks_8))
         self.up = nn.Conv2d(w8, 4 * w4, 1)
         self.blocks = nn.ModuleList(ResBlock(w4) for _ in range(config.blocks_4))
@@ -122,16 +122,17 @@ class Decoder(nn.Module):
     def _expand(self, latents: Tensor, memory: Tensor | None) -> tuple[Tensor, Tensor]:
         """Latents (B, T, C, h, w) -> features (B 4T, width_8, h, w), and the next memory.
 
-        Each latent step gives four frames. They also see the step before, or its end would show as a jump.
+        Each latent step gives four frames, on a straight way from the step before to its own: the change from frame
+        to frame is as large where a latent ends as elsewhere, and no end shows as a jump.
         """
         z = F.relu(self.latent_in(_merge(latents)))
         for block in self.latent_blocks:
             z = block(z)
         z = _split(z, latents.shape[0])
-        pair = torch.cat([_with_before(z, memory), z], dim=2)
-        return _channels_last(self.expand_time(_merge(pair)).unflatten(1, (TEMPORAL_FACTOR, -1)).flatten(0, 1)), z[
-            :, -1
-        ]
+        before = _with_before(z, memory)
+        steps = [torch.lerp(before, z, (frame + 1) / TEMPORAL_FACTOR) for frame in range(TEMPORAL_FACTOR)]
+        frames = self.expand_time(_merge(torch.cat(steps, dim=2))).unflatten(1, (TEMPORAL_FACTOR, -1))
+        return _channels_last(frames.flatten(0, 1)), z[:, -1]
 
 
 class TinyVAE(nn.Module):
