@@ -1,17 +1,29 @@
-"""The stages' equations against closed forms and finite differences, in float64 (stage II's roles: test_train_dual)."""
+"""The stages' equations against closed forms and finite differences, in float64; who is trained and who is not."""
 
 from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from duovsr.model import flow
+from duovsr.options import Preset
+from duovsr.train.data import Latents
+from duovsr.train.distributed import World
+from duovsr.train.draws import Draws
+from duovsr.train.loop import Run
 from duovsr.train.losses import hinge_discriminator_loss, hinge_generator_loss
-from duovsr.train.roles import guided_velocity
+from duovsr.train.options import DualConfig
+from duovsr.train.rfs_gan import tapped_blocks
+from duovsr.train.roles import DiffusionModel, Inputs, guided_velocity
 from duovsr.train.stage1 import grid_point, two_teacher_steps
-from duovsr.train.stage2 import dmd_gradient, dmd_loss, matching_loss
+from duovsr.train.stage2 import DualStream, dmd_gradient, dmd_loss, matching_loss
 from duovsr.train.stage3 import flow_dpo_loss, velocity_error
+from tests.conftest import SMALL
 
 CPU = torch.device("cpu")
 SHAPE = (2, 3, 2, 4, 4)
@@ -116,3 +128,96 @@ def test_the_dpo_loss_and_its_gradient() -> None:
     assert better < loss(student) < worse
     x0, eps = latents(0), latents(1)
     assert velocity_error(eps - x0, x0, eps).abs().max() == 0
+
+
+def test_the_paper_taps_blocks_9_18_and_27_of_30() -> None:
+    assert tapped_blocks(30) == (8, 17, 26)
+    assert tapped_blocks(6) == (1, 3, 4)
+
+
+class Clusters:
+    """Latents of two kinds for the same LQ."""
+
+    def latents(self, draws: Draws) -> Latents:
+        z_lq = draws.normal_like(torch.zeros(len(draws), 16, 2, 4, 4))
+        side = (draws.uniform() < 0.5).float().view(-1, 1, 1, 1, 1) * 2 - 1
+        return Latents(z_lq + side, z_lq, torch.full((len(draws),), 1000.0))
+
+
+class ToyInputs(Inputs):
+    def autoencoder(self, run: Run) -> Any:
+        return nn.Identity()
+
+    def latents(self, run: Run, vae: nn.Module) -> Any:
+        return Clusters()
+
+
+@pytest.fixture
+def dual(tmp_path: Path) -> DualStream:
+    return make_dual(tmp_path, DualConfig(batch=2, dtype="float32", head_width=8, learning_rate=1e-3))
+
+
+def make_dual(out: Path, config: DualConfig, preset: Preset = SMALL) -> DualStream:
+    torch.manual_seed(0)
+    score = DiffusionModel(preset)
+    nn.init.normal_(score.transformer.head.head.weight, std=0.1)
+    init = {"model": score.state_dict(), "vae": {}}
+    return DualStream(Run(out, config, World(0, 1, CPU)), config, ToyInputs(preset, init=init))
+
+
+def weights(module: nn.Module) -> list[Tensor]:
+    return [value.clone() for value in module.state_dict().values()]
+
+
+def changed(module: nn.Module, before: list[Tensor]) -> bool:
+    return any(not torch.equal(now, then) for now, then in zip(module.state_dict().values(), before, strict=True))
+
+
+def test_each_update_of_algorithm_1_moves_its_own_roles_only(dual: DualStream) -> None:
+    roles = {"student": dual.student, "real": dual.real_score, "fake": dual.fake_score, "heads": dual.heads}
+    before = {name: weights(module) for name, module in roles.items()}
+    dual.auxiliary_update(0, part=1)
+    assert {name for name, module in roles.items() if changed(module, before[name])} == {"fake", "heads"}
+    before = {name: weights(module) for name, module in roles.items()}
+    dual.student_update(0)
+    assert {name for name, module in roles.items() if changed(module, before[name])} == {"student"}
+    assert not any(p.requires_grad for p in dual.real_score.parameters())
+    assert all(p.requires_grad for p in dual.fake_score.parameters())
+
+
+def test_the_heads_loss_reaches_no_score_model(dual: DualStream) -> None:
+    gradients = []
+    for gan in (True, False):
+        dual.fake_score.zero_grad(set_to_none=True)
+        draws = Draws.of(range(2), seed=0, step=0, part=1, device=CPU)
+        dual._auxiliary_loss(draws, gan)[0].backward()
+        gradients.append([p.grad for p in dual.fake_score.parameters() if p.grad is not None])
+    for with_heads, without in zip(*gradients, strict=True):
+        torch.testing.assert_close(with_heads, without, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("settings", "noted", "missing"),
+    [
+        ({"streams": "dmd"}, {"dmd_gradient"}, {"adversarial", "matching"}),
+        ({"streams": "gan"}, {"adversarial", "matching"}, {"dmd_gradient"}),
+        ({"streams": "joint"}, {"dmd_gradient", "adversarial", "matching"}, set()),
+        ({"features": "real"}, {"adversarial"}, set()),
+        ({"features": "fake"}, {"adversarial"}, set()),
+        ({"discriminator_input": "clean"}, {"adversarial", "dmd_gradient"}, set()),
+    ],
+)
+def test_ablation_switches(tmp_path: Path, settings: dict[str, str], noted: set[str], missing: set[str]) -> None:
+    config = replace(DualConfig(batch=2, dtype="float32", head_width=8), **settings)  # type: ignore[arg-type]
+    dual = make_dual(tmp_path, config)
+    dual.auxiliary_update(0, part=1)
+    metrics = dual.student_update(0)
+    assert noted <= set(metrics)
+    assert not missing & set(metrics)
+    channels = dual.heads.heads[0][0].num_channels  # type: ignore[index,union-attr]
+    assert channels == SMALL.transformer.dim * (2 if config.features == "both" else 1)
+
+
+def test_sequential_is_dmd_and_then_the_gan(tmp_path: Path) -> None:
+    dual = make_dual(tmp_path, DualConfig(steps=10, streams="sequential", dtype="float32", head_width=8))
+    assert [dual.streams(n) for n in (0, 4, 5, 9)] == [(True, False), (True, False), (False, True), (False, True)]
