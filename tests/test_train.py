@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from duovsr.errors import InputError, UsageError
+from duovsr.metrics.fidelity import ssim_y
 from duovsr.model import flow
 from duovsr.options import PRESETS
 from duovsr.train.data import Pool, sharpness
@@ -20,7 +21,7 @@ from duovsr.train.distributed import World
 from duovsr.train.draws import Draws
 from duovsr.train.journal import note_settings
 from duovsr.train.loop import Run
-from duovsr.train.losses import gradient_loss, temporal_loss
+from duovsr.train.losses import gradient_loss, ssim_loss, temporal_loss
 from duovsr.train.options import RECIPES, DualConfig, ExportConfig, ProgressiveConfig, StageConfig
 from duovsr.train.roles import ode_solution
 from duovsr.train.runs import load_weights
@@ -108,6 +109,16 @@ def test_difference_losses_see_only_differences() -> None:
     assert temporal_loss(target + 0.1, target) < 1e-6
     assert gradient_loss(target.flip(3), target) > 0.1
     assert temporal_loss(target.flip(2), target) > 0.1
+
+
+def test_the_ssim_loss_is_that_of_the_metric() -> None:
+    rng = np.random.default_rng(3)
+    truth = rng.integers(0, 256, (24, 31, 3), dtype=np.uint8)
+    output = np.clip(truth + rng.integers(-30, 31, truth.shape), 0, 255).astype(np.uint8)
+    frames = [torch.from_numpy(pixels).permute(2, 0, 1)[None, :, None] / 127.5 - 1 for pixels in (output, truth)]
+    # the metric's luma has studio range: its constants weigh slightly more
+    assert 1 - ssim_loss(*frames).item() == pytest.approx(ssim_y(output, truth), abs=2e-3)
+    assert ssim_loss(frames[1], frames[1]) < 1e-6
 
 
 class StraightFlow(nn.Module):

@@ -211,6 +211,7 @@ class RefineConfig(StageConfig):
     crop: int = 128
     discriminator_rate: float = 2e-4
     gradient_weight: float = 0.5
+    ssim_weight: float = 0.15
     temporal_weight: float = 0.3
     adversarial_weight: float = 0.02
     adversarial_start: int = 1200  # step; pixels first: they are cheaper, and settle the decoder

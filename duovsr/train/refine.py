@@ -22,6 +22,7 @@ from duovsr.train.losses import (
     hinge_discriminator_loss,
     hinge_generator_loss,
     psnr,
+    ssim_loss,
     temporal_loss,
 )
 from duovsr.train.options import RefineConfig
@@ -69,7 +70,9 @@ class Refinement:
         pixel = charbonnier(output, hq)
         loss = pixel + config.gradient_weight * gradient_loss(output, hq)
         loss = loss + config.temporal_weight * temporal_loss(output, hq) + config.noise_weight * drift
-        noted = {"pixel": pixel, "noise_drift": drift, "psnr_gain": psnr(output, hq) - psnr(lq, hq)}
+        structure = ssim_loss(output, hq)
+        loss = loss + config.ssim_weight * structure
+        noted = {"pixel": pixel, "ssim_loss": structure, "noise_drift": drift, "psnr_gain": psnr(output, hq) - psnr(lq, hq)}
         if step % config.faithful_every == 0:
             with self.run.autocast():
                 faithful, _ = self.vae.decode(None, lq)
