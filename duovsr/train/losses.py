@@ -31,7 +31,7 @@ def temporal_loss(output: Tensor, target: Tensor) -> Tensor:
 
 
 def ssim_loss(output: Tensor, target: Tensor) -> Tensor:
-    """1 - SSIM of the luma (Wang et al., IEEE TIP 13(4), 2004: Gaussian window 11x11, sigma 1.5, inside the frame only).
+    """1 - SSIM of the luma (Wang et al., IEEE TIP 13(4), 2004: Gaussian window 11x11, sigma 1.5, no border).
 
     What a pixel loss calls equal, a softer texture and a sharper one of the wrong place, it tells apart: mixed with
     L1 it restores better by either measure (Zhao et al., "Loss functions for image restoration", 2017).

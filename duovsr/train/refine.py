@@ -72,7 +72,12 @@ class Refinement:
         loss = loss + config.temporal_weight * temporal_loss(output, hq) + config.noise_weight * drift
         structure = ssim_loss(output, hq)
         loss = loss + config.ssim_weight * structure
-        noted = {"pixel": pixel, "ssim_loss": structure, "noise_drift": drift, "psnr_gain": psnr(output, hq) - psnr(lq, hq)}
+        noted = {
+            "pixel": pixel,
+            "ssim_loss": structure,
+            "noise_drift": drift,
+            "psnr_gain": psnr(output, hq) - psnr(lq, hq),
+        }
         if step % config.faithful_every == 0:
             with self.run.autocast():
                 faithful, _ = self.vae.decode(None, lq)
