@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Literal
 
 from duovsr.errors import UsageError
@@ -138,6 +140,25 @@ PRESETS: dict[str, Preset] = {
 
 
 @dataclass(frozen=True)
+class Position:
+    """A place in a clip: a frame's number from 0, or seconds since the first frame."""
+
+    seconds: Fraction | None = None
+    frame: int | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> Position:
+        """`90`, `90.5`, `1:30.5` and `0:01:30` are times, `2250f` is a frame. Raises UsageError."""
+        if text.endswith("f") and text[:-1].isdecimal():
+            return cls(frame=int(text[:-1]))
+        if not re.fullmatch(r"(\d{1,9}:){0,2}\d{1,9}(\.\d{1,9})?", text, re.ASCII):
+            hint = "write seconds (90.5), hours:minutes:seconds (0:01:30.5) or a frame (2250f)"
+            raise UsageError(f"unsupported position: `{text}`", hint=hint)
+        parts = reversed(text.split(":"))
+        return cls(seconds=sum((Fraction(part) * 60**i for i, part in enumerate(parts)), Fraction(0)))
+
+
+@dataclass(frozen=True)
 class UpscaleOptions:
     """What `upscale` is asked to do with one clip. `None`: chosen by the planner or by the source's properties."""
 
@@ -152,6 +173,15 @@ class UpscaleOptions:
     codec: str | None = None
     crf: int | None = None
     pix_fmt: str | None = None
+    encoder_options: tuple[tuple[str, str], ...] = ()  # the encoder's own settings, over duovsr's
+    start: Position | None = None  # the first frame that is wanted
+    end: Position | None = None  # the first frame that is not
+    frame_rate: Fraction | None = None  # of a source without times of its own: an image sequence
+    audio: bool = True
+    subtitles: bool = True
+    deinterlace: bool = True
+    scene_cuts: bool = True
+    restart: bool = False  # discards an unfinished job at the target
     overwrite: bool = False
 
     def __post_init__(self) -> None:

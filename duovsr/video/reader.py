@@ -22,11 +22,13 @@ _HDR_SIDE_DATA = ("MASTERING_DISPLAY_METADATA", "CONTENT_LIGHT_LEVEL", "DYNAMIC_
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """One picture, shown at `pts` x `time_base` s. `pixels`: (H, W, 3) RGB, uint8 or (full 16-bit scale) uint16."""
+    """One picture, shown at `pts` x `time_base` s. `pixels`: (H, W, 3) RGB, uint8 or (full 16-bit scale) uint16.
+    `alpha`: (H, W) of the same type, where the source has transparency; colours are not premultiplied."""
 
     pixels: np.ndarray
     pts: int
     time_base: Fraction
+    alpha: np.ndarray | None = None
 
 
 class VideoReader:
