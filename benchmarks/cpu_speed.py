@@ -5,7 +5,7 @@
 
 Both get the same uint8 frames and give uint8 frames. They take turns round by round, and the first of a round changes,
 so that a busy machine is busy for both; still, only a quiet machine gives numbers to keep. "inference" is upscaling
-alone; "end to end" adds decoding and encoding, through the same reader and writer for both, one after the other. Peak
+alone; "end to end" adds decoding and encoding, through the same reader and encoder for both, one after the other. Peak
 memory is that of a process of its own for each.
 """
 
@@ -33,9 +33,11 @@ import numpy as np
 import torch
 
 from duovsr import Upscaler
-from duovsr.video.output import container_format
+from duovsr.options import UpscaleOptions
+from duovsr.video.codecs import encoding_for
+from duovsr.video.encoder import VideoEncoder
+from duovsr.video.output import target_of
 from duovsr.video.reader import Frame, VideoReader
-from duovsr.video.writer import VideoWriter
 
 HERE = Path(__file__).parent
 PEER = "realesr-animevideov3-x4"
@@ -87,12 +89,13 @@ def seconds_of_inference(contender: Contender, frames: list[np.ndarray]) -> floa
 
 def seconds_end_to_end(contender: Contender, clip: Path, limit: int | None) -> tuple[float, int]:
     with tempfile.TemporaryDirectory() as folder:
-        target = Path(folder) / "out.mp4"
+        target = target_of(Path(folder) / "out.mp4")
         count = 0
         start = time.perf_counter()
         with VideoReader(clip) as reader:
-            width, height = SCALE * reader.info.width, SCALE * reader.info.height
-            with VideoWriter(target, reader.info, width, height, format_name=container_format(target)) as writer:
+            size = SCALE * reader.info.width, SCALE * reader.info.height
+            encoding = encoding_for(target, reader.info, size, UpscaleOptions(scale=SCALE))
+            with VideoEncoder(target.path, reader.info, *size, encoding, "mp4", numbered=False) as encoder:
                 waiting: list[Frame] = []  # a contender may read ahead of what it gives
 
                 def pixels() -> Iterator[np.ndarray]:
@@ -102,7 +105,7 @@ def seconds_end_to_end(contender: Contender, clip: Path, limit: int | None) -> t
 
                 for result in contender(pixels()):
                     source = waiting.pop(0)
-                    writer.write(Frame(result, source.pts, source.time_base))
+                    encoder.write(Frame(result, source.pts, source.time_base))
                     count += 1
         return time.perf_counter() - start, count
 

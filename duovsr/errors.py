@@ -6,6 +6,10 @@ EXIT_OK = 0
 EXIT_WARNINGS = 1
 
 
+class Remark(str):
+    """A notice of how something was done, such as a conversion: nothing is lost, and the exit code stays 0."""
+
+
 class DuovsrError(Exception):
     """A failure that is the input's or the machine's, not the code's.
 
@@ -41,6 +45,12 @@ class OutOfMemoryError(DuovsrError):
     """Memory ran out after every step down of the plan."""
 
     exit_code = 5
+
+
+class Interrupted(DuovsrError):
+    """Stopped as asked, with the work done so far kept."""
+
+    exit_code = 130
 
 
 class TrainError(DuovsrError):

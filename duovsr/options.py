@@ -30,11 +30,12 @@ WAN_LATENT_STD = (
 
 @dataclass(frozen=True)
 class WindowConfig:
-    """Local attention: `height` x `width` tokens in space, the current and `past` earlier latent frames in time."""
+    """Local attention: `height` x `width` tokens in space; in time the current and `past` earlier latent frames, or
+    with `past` None all of a call's."""
 
     height: int
     width: int
-    past: int
+    past: int | None
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,11 @@ class TransformerConfig:
     def in_channels(self) -> int:
         """Noisy latents first, LQ latents second."""
         return 2 * self.latent_channels
+
+    @property
+    def streams(self) -> bool:
+        """Whether a call takes over the state of the call before; otherwise it looks at its own frames alone."""
+        return self.window is not None and self.window.past is not None
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 
 from rich.console import Console
 
@@ -12,15 +13,21 @@ stderr = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
 
 
 class Reporter:
-    """Progress of one file: a bar with frames, fps and ETA on a terminal, a line every few seconds elsewhere."""
+    """Progress of one file after another: a bar with frames, fps and ETA on a terminal, lines now and then elsewhere.
+
+    The speed is that of the last half minute: frames that an earlier run has done go by at once.
+    """
 
     INTERVAL = 5.0
+    WINDOW = 30.0
 
-    def __init__(self, name: str) -> None:
+    def __init__(self) -> None:
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
         from rich.progress import Progress as Bar
 
-        self._name, self._began, self._last = name, time.monotonic(), time.monotonic()
+        self._name: str | None = None
+        self._last = 0.0
+        self._recent: deque[tuple[float, int]] = deque()  # when how many frames were done
         columns = (
             TextColumn("{task.description}", markup=False),
             BarColumn(),
@@ -30,7 +37,7 @@ class Reporter:
         )
         self._lines = not stderr.is_terminal or stderr.is_dumb_terminal
         self._bar = Bar(*columns, console=stderr, transient=True, disable=self._lines)
-        self._task = self._bar.add_task(name, total=None, fps=0.0)
+        self._task = self._bar.add_task("", total=None, fps=0.0)
 
     def __enter__(self) -> Reporter:
         self._bar.start()
@@ -39,12 +46,24 @@ class Reporter:
     def __exit__(self, *_: object) -> None:
         self._bar.stop()
 
-    def __call__(self, progress: Progress) -> None:
+    def __call__(self, name: str, progress: Progress) -> None:
+        """A report on the file `name`; a new name begins a new file."""
         now = time.monotonic()
-        fps = progress.done / max(now - self._began, 1e-9)
+        if name != self._name:
+            self._name, self._last = name, now
+            self._recent.clear()
+            self._bar.reset(self._task, description=name)
+        fps = self._speed(now, progress.done)
         self._bar.update(self._task, completed=progress.done, total=progress.total, fps=fps)
         if self._lines and now - self._last >= self.INTERVAL:
             self._last = now
             of = f" of {progress.total}" if progress.total else ""
-            left = f", {max(0, progress.total - progress.done) / fps:.0f} s left" if progress.total else ""
-            stderr.print(f"{self._name}: {progress.done}{of} frames, {fps:.2f} fps{left}", markup=False)
+            left = f", {max(0, progress.total - progress.done) / fps:.0f} s left" if progress.total and fps else ""
+            stderr.print(f"{name}: {progress.done}{of} frames, {fps:.2f} fps{left}", markup=False)
+
+    def _speed(self, now: float, done: int) -> float:
+        self._recent.append((now, done))
+        while len(self._recent) > 2 and now - self._recent[0][0] > self.WINDOW:
+            self._recent.popleft()
+        then, before = self._recent[0]
+        return (done - before) / (now - then) if now > then else 0.0

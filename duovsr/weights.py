@@ -1,19 +1,15 @@
-"""Model files: where they lie, their sha256, and strict loading on the meta device.
-
-A model is a folder with `transformer.safetensors`, `vae.safetensors` and `prompt.safetensors`; `manifest.json` beside
-the folders holds the sha256 of every file. The wheel carries the repository's `weights/` as `duovsr/_weights`.
+"""Weights: strict loading on the meta device, and saving. `duovsr.repository` says which files a model has.
 
 Wan2.1's checkpoints are read as they are published: the original repository's files or those of `diffusers`.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
+import os
 import pickle
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -23,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from duovsr.errors import InputError, UsageError
+from duovsr.hub import find_model
 from duovsr.model import key_maps
 from duovsr.model.layers import channels_last
 from duovsr.model.one_step import OneStepModel
@@ -30,11 +27,8 @@ from duovsr.model.prompt import Prompt
 from duovsr.model.tiny_vae import TinyVAE
 from duovsr.model.transformer import Transformer
 from duovsr.model.wan_vae import WanVAE
-from duovsr.options import PRESETS, Preset, TinyVAEConfig, WanVAEConfig
-
-EMBEDDED = "tiny"
-FILES = ("transformer.safetensors", "vae.safetensors", "prompt.safetensors")
-CONFIG = "config.json"
+from duovsr.options import Preset, WanVAEConfig
+from duovsr.repository import CONFIG, FILES, MANIFEST, describe, write_manifest
 
 WanPart = Literal["transformer", "vae"]
 WAN_FILES: dict[WanPart, tuple[str, ...]] = {  # in a folder: our own name, diffusers', the original repository's
@@ -51,96 +45,38 @@ WAN_FILES: dict[WanPart, tuple[str, ...]] = {  # in a folder: our own name, diff
 Module = TypeVar("Module", bound=nn.Module)
 
 
-def weights_folder() -> Path:
-    """The embedded weights: inside an installed package, or at the top of a source checkout."""
-    installed = Path(__file__).parent / "_weights"
-    return installed if installed.is_dir() else Path(__file__).parents[1] / "weights"
-
-
-@dataclass(frozen=True)
-class FileStatus:
-    """One model file as `doctor` shows it."""
-
-    path: Path
-    sha256: str | None  # None: the file is missing
-    verified: bool
-
-
-def sha256_of(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def read_manifest(folder: Path) -> dict[str, dict[str, str]]:
-    """{model: {file: sha256}} of a weights folder."""
-    path = folder / "manifest.json"
-    if not path.is_file():
-        raise InputError(f"no model manifest: `{path}`", hint="reinstall duovsr")
-    try:
-        manifest: dict[str, dict[str, str]] = json.loads(path.read_text())
-        expected = {EMBEDDED, *manifest} if folder == weights_folder() else set(manifest)
-        complete = all(set(manifest[name]) == set(FILES) for name in expected)
-    except (ValueError, KeyError, TypeError):
-        complete = False
-    if not complete:
-        raise InputError(f"damaged model manifest: `{path}`", hint="reinstall duovsr")
-    return manifest
-
-
-def check_files(name: str, folder: Path | None = None) -> list[FileStatus]:
-    """Compare the files of a model in `folder`, by default a shipped one, with the folder's manifest."""
-    folder = folder or weights_folder()
-    statuses = []
-    for file, expected in read_manifest(folder).get(name, dict.fromkeys(FILES, "")).items():
-        path = folder / name / file
-        found = sha256_of(path) if path.is_file() else None
-        statuses.append(FileStatus(path, found, found == expected))
-    return statuses
-
-
 def load_model(name: str, device: torch.device, dtype: torch.dtype) -> OneStepModel:
-    """Load a shipped model, or the one in the folder `name` that `duovsr train export` wrote, whole or not at all.
+    """Load the model that `name` names (`find_model`), whole or not at all.
 
-    Raises UsageError for an unknown name, InputError for a missing or altered file.
+    Raises UsageError for an unknown name and for a model that ignores the LQ, InputError for a missing or altered file.
     """
-    preset, folder = _find_model(name)
-    assert isinstance(preset.vae, TinyVAEConfig)
-    for status in check_files(folder.name, folder.parent):
-        if not status.verified:
-            found = "is missing" if status.sha256 is None else "does not match its sha256"
-            hint = "reinstall duovsr" if name in PRESETS else "export it again"
-            raise InputError(f"model file {found}: `{status.path}`", hint=hint)
-    with torch.device("meta"):
-        transformer, vae = Transformer(preset.transformer), TinyVAE(preset.vae)
-    transformer = load_strict(transformer, folder / FILES[0], device, dtype)
-    vae = channels_last(load_strict(vae, folder / FILES[1], device, dtype))
+    model = find_model(name)
+    folder = model.folder
+    if not (folder / MANIFEST).is_file() and find_wan(folder, "transformer") is not None and is_text_to_video(folder):
+        raise _ignores_lq(folder)
+    model.require_verified()
+    preset = model.preset
     with torch.device("meta"):
         prompt = Prompt(preset.transformer)
+    transformer = load_transformer(folder / FILES[0], preset, device, dtype)
+    if not transformer.patch_embedding.weight[:, preset.transformer.latent_channels :].any():
+        raise _ignores_lq(folder)
+    vae = _load_vae(folder / FILES[1], preset, device, dtype)
     prompt = load_strict(prompt, folder / FILES[2], device, dtype)
-    return OneStepModel(preset, transformer, vae, prompt.tokens(1))
+    return OneStepModel(preset, transformer, channels_last(vae), prompt.tokens(1))
 
 
-def _find_model(name: str) -> tuple[Preset, Path]:
-    """The preset and the folder of a shipped or exported model."""
-    if name in PRESETS:
-        if name not in shipped_models():
-            raise UsageError(f"no weights for model `{name}` are shipped", hint=f"use `--model {EMBEDDED}`")
-        return PRESETS[name], weights_folder() / name
-    path = Path(name).resolve() / CONFIG
-    if not path.is_file():
-        known = ", ".join(shipped_models())
-        raise UsageError(f"unknown model: `{name}`", hint=f"use one of: {known}; or a folder of `duovsr train export`")
-    try:
-        preset = PRESETS[json.loads(path.read_text())["preset"]]
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"damaged model description: `{path}`", hint="export it again") from error
-    if not isinstance(preset.vae, TinyVAEConfig):
-        raise UsageError(f"upscaling with preset `{preset.name}` is not there yet: `{name}`")
-    return preset, path.parent
+def _load_vae(path: Path, preset: Preset, device: torch.device, dtype: torch.dtype) -> TinyVAE | WanVAE:
+    if isinstance(preset.vae, WanVAEConfig):
+        return load_wan_vae(path, preset.vae, device, dtype)
+    with torch.device("meta"):
+        vae = TinyVAE(preset.vae)
+    return load_strict(vae, path, device, dtype)
 
 
-def shipped_models() -> list[str]:
-    return list(read_manifest(weights_folder()))
+def _ignores_lq(folder: Path) -> UsageError:
+    hint = f"train it first: duovsr train recipe paper --init {folder} --data POOL --out RUN, then duovsr train export"
+    return UsageError(f"a text-to-video model, which ignores the video to upscale: `{folder}`", hint=hint)
 
 
 def load_strict(module: Module, path: Path, device: torch.device, dtype: torch.dtype) -> Module:
@@ -264,15 +200,31 @@ def _naming(path: Path) -> Iterator[None]:
         raise InputError(f"{error}, in `{path}`", hint=error.hint) from error
 
 
-def save_model(folder: Path, name: str, preset: str, parts: dict[str, dict[str, Tensor]]) -> None:
-    """Write a model in bfloat16 and note its sha256 in the folder's manifest. `parts` is {file name: state dict}."""
-    (folder / name).mkdir(parents=True, exist_ok=True)
-    (folder / name / CONFIG).write_text(json.dumps({"preset": preset}) + "\n")
-    manifest_path = folder / "manifest.json"
-    manifest = json.loads(manifest_path.read_text()) if manifest_path.exists() else {}
-    manifest[name] = {}
-    for file, state in parts.items():
-        tensors = {key: tensor.to(torch.bfloat16).contiguous() for key, tensor in state.items()}
-        save_file(tensors, folder / name / file)
-        manifest[name][file] = sha256_of(folder / name / file)
-    manifest_path.write_text(json.dumps(manifest, indent=2) + "\n")
+@contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """A partial path beside `path`; where nothing is raised, it takes the name with all its data on the disk."""
+    partial = path.with_name(f"{path.name}.part")
+    try:
+        yield partial
+        with partial.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def save_model(folder: Path, preset: str, parts: dict[str, dict[str, Tensor]]) -> None:
+    """Write a model in bfloat16 as the repository `folder`. `parts` is {file name: state dict}.
+
+    A model that was there stays until all is written; then its manifest is replaced last, so that a mix of old and
+    new files never verifies.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as files:  # replaced in reverse
+        manifest, config, *weights = (
+            files.enter_context(atomic_file(folder / name)) for name in (MANIFEST, CONFIG, *parts)
+        )
+        config.write_text(describe(preset))
+        for state, partial in zip(parts.values(), weights, strict=True):
+            save_file({key: tensor.to(torch.bfloat16).contiguous() for key, tensor in state.items()}, partial)
+        write_manifest(manifest, dict(zip((CONFIG, *parts), (config, *weights), strict=True)))

@@ -11,6 +11,7 @@ from typing import Any
 
 import av
 import numpy as np
+from av.video.reformatter import Interpolation
 
 AUDIO_RATE = 48000
 
@@ -28,11 +29,13 @@ class Clip:
     color: tuple[int, int, int, int] = (2, 2, 2, 0)  # primaries, transfer, matrix, range
     aspect: Fraction | None = None
     rotation: int = 0
+    fields: str | None = None  # the order of interlaced ones, tff or bff
     audio: Sequence[str] = ()
     languages: Sequence[str] = ()
     metadata: dict[str, str] = field(default_factory=dict)
+    stream_metadata: dict[str, str] = field(default_factory=dict)  # of the video
     chapters: Sequence[tuple[int, int, str]] = ()  # start and end in ms, title
-    pictures: Sequence[np.ndarray] | None = None  # (H, W, 3) RGB or coded frames' sources
+    pictures: Sequence[np.ndarray] | None = None  # (H, W, 3) RGB or (H, W, 4) RGBA
     muxer: dict[str, str] = field(default_factory=dict)
 
 
@@ -43,6 +46,21 @@ def picture(index: int, size: tuple[int, int], dtype: type = np.uint8) -> np.nda
     channels = [x * 255 / max(width - 1, 1), y * 255 / max(height - 1, 1), np.full(x.shape, index * 16 % 256)]
     values = np.stack(channels, axis=-1) / 255
     return np.rint(values * np.iinfo(dtype).max).astype(dtype)
+
+
+def translucent(index: int, size: tuple[int, int], dtype: type = np.uint8) -> np.ndarray:
+    """(H, W, 4): `picture`, clear at the left and opaque at the right."""
+    alpha = np.rint(np.linspace(0, np.iinfo(dtype).max, size[0])).astype(dtype)
+    return np.dstack([picture(index, size, dtype), np.tile(alpha, (size[1], 1))])
+
+
+def woven(index: int, size: tuple[int, int], top_first: bool = True) -> np.ndarray:
+    """(H, W, 3): two fields of a bright bar on its way to the right, by 4 pixels from field to field."""
+    frame = np.zeros((size[1], size[0], 3), np.uint8)
+    for moment in (0, 1):
+        left = 4 * (2 * index + moment) % size[0]
+        frame[moment if top_first else 1 - moment :: 2, left : left + 8] = 255
+    return frame
 
 
 def write_clip(path: Path, clip: Clip = Clip(), format_name: str | None = None) -> Path:
@@ -73,8 +91,11 @@ def _add_video(container: Any, clip: Clip) -> Any:
     steps = np.diff(clip.pts) if len(clip.pts) > 1 else np.array([float(1 / (25 * clip.time_base))])
     rate = Fraction(1 / (float(np.mean(steps)) * float(clip.time_base))).limit_denominator(1001)
     video = container.add_stream(clip.codec, rate=rate, options=clip.options)
+    if clip.fields is not None:
+        video.codec_context.flags |= av.codec.context.Flags.interlaced_dct
     video.width, video.height = clip.size
     video.pix_fmt = clip.pix_fmt
+    video.metadata.update(clip.stream_metadata)
     video.time_base = video.codec_context.time_base = clip.time_base
     context = video.codec_context
     context.color_primaries, context.color_trc, context.colorspace, context.color_range = clip.color
@@ -87,11 +108,22 @@ def _add_video(container: Any, clip: Clip) -> Any:
 
 def _coded(clip: Clip, index: int, pts: int) -> av.VideoFrame:
     pixels = clip.pictures[index] if clip.pictures is not None else picture(index, clip.size)
-    frame = av.VideoFrame.from_ndarray(pixels, format="rgb24" if pixels.dtype == np.uint8 else "rgb48le")
+    layout = "rgb" if pixels.shape[2] == 3 else "rgba"
+    depth = {("rgb", 1): "24", ("rgb", 2): "48le", ("rgba", 1): "", ("rgba", 2): "64le"}[layout, pixels.itemsize]
+    frame = av.VideoFrame.from_ndarray(pixels, format=layout + depth)
     matrix, full = clip.color[2], clip.color[3]
     coded = frame.reformat(format=clip.pix_fmt, dst_colorspace=5 if matrix in (2, 6) else matrix, dst_color_range=full)
     coded.pts, coded.time_base = pts, clip.time_base
-    return coded
+    return coded if clip.fields is None else _with_fields(coded, clip.fields)
+
+
+def _with_fields(frame: av.VideoFrame, order: str) -> av.VideoFrame:
+    """The frame, marked as interlaced: encoders take the order from there."""
+    graph = av.filter.Graph()
+    source = graph.add_buffer(width=frame.width, height=frame.height, format=frame.format, time_base=frame.time_base)
+    graph.link_nodes(source, graph.add("setfield", order), graph.add("buffersink")).configure()
+    graph.vpush(frame)
+    return graph.vpull()
 
 
 def _encode_noise(sound: Any, seed: int, seconds: float) -> Iterable[av.Packet[Any]]:
@@ -122,3 +154,76 @@ def start_time(path: Path, kind: str) -> Fraction:
     with av.open(str(path)) as container:
         stream = container.streams.get({kind: 0})[0]
         return min(packet.pts * packet.time_base for packet in container.demux(stream) if packet.size)
+
+
+def frame_hashes(path: Path) -> list[str]:
+    """A digest of every decoded frame."""
+    with av.open(str(path)) as container:
+        return [
+            hashlib.sha256(frame.to_ndarray(format="rgb24").tobytes()).hexdigest()
+            for frame in container.decode(video=0)
+        ]
+
+
+def coded_pictures(frames: int, size: tuple[int, int], pix_fmt: str) -> Iterable[av.VideoFrame]:
+    """Textured and moving, 25 a second; the right half is transparent where `pix_fmt` can say so."""
+    width, height = size
+    y, x = np.mgrid[:height, :width]
+    for index in range(frames):
+        pixels = np.empty((height, width, 4), np.uint8)
+        waves = 24 * (np.sin((x + 2 * index) / 3) + np.sin((y - index) / 2))
+        pixels[..., :3] = np.clip(picture(index // 12, size).astype(float) + waves[..., None], 0, 255)
+        pixels[..., 3] = np.where(x < width // 2, 255, 0)
+        frame = av.VideoFrame.from_ndarray(pixels, format="rgba")
+        flags = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.BITEXACT
+        coded = frame.reformat(format=pix_fmt, interpolation=flags)
+        coded.pts, coded.time_base = index, Fraction(1, 25)
+        yield coded
+
+
+def write_clicks(
+    path: Path,
+    codec: str,
+    *,
+    rate: int = 44100,
+    layout: str = "stereo",
+    start: Fraction = Fraction(0),
+    video: str = "libx264",
+    format_name: str | None = None,
+) -> Path:
+    """Four seconds of a clip whose sound clicks every second from 0.5 s after its `start`."""
+    pts = range(0, 100 * 512, 512)
+    with av.open(str(path), "w", format=format_name, container_options={"movie_timescale": "12800"}) as container:
+        picture_stream = _add_video(container, Clip(pts=pts, codec=video, pix_fmt="yuv420p"))
+        sound: Any = container.add_stream(codec, rate=rate)
+        sound.codec_context.layout, sound.codec_context.bit_rate = layout, 192000
+        container.start_encoding()
+        samples = np.zeros(4 * rate, np.float32)
+        for second in range(4):
+            begin = rate // 2 + second * rate
+            samples[begin : begin + rate // 200] = 0.8 * np.sin(np.arange(rate // 200) * 2 * np.pi * 2000 / rate)
+        for begin in range(0, len(samples), 1024):
+            block = samples[None, begin : begin + 1024].repeat(av.AudioLayout(layout).nb_channels, axis=1)
+            frame = av.AudioFrame.from_ndarray(block, format="flt", layout=layout)
+            frame.sample_rate, frame.pts, frame.time_base = rate, begin + round(start * rate), Fraction(1, rate)
+            container.mux(sound.encode(frame))
+        container.mux(sound.encode(None))
+        for index, time in enumerate(pts):
+            container.mux(picture_stream.encode(_coded(Clip(pts=pts, pix_fmt="yuv420p"), index, time)))
+        container.mux(picture_stream.encode(None))
+    return path
+
+
+def click_times(path: Path) -> list[float]:
+    """Where the energy of each click of `write_clicks` has its centre, in seconds of the file's timeline."""
+    heard: list[tuple[float, float]] = []  # time and energy of loud samples
+    with av.open(str(path)) as container:
+        resampler = av.AudioResampler(format="fltp", layout="mono")
+        for decoded in container.decode(audio=0):
+            for frame in resampler.resample(decoded):
+                energy = frame.to_ndarray()[0].astype(float) ** 2
+                begin = float(frame.pts * frame.time_base)
+                heard += [(begin + i / frame.sample_rate, energy[i]) for i in np.flatnonzero(energy > 0.01)]
+    times, weights = np.array(heard).T
+    clicks = np.split(np.arange(len(times)), np.flatnonzero(np.diff(times) > 0.1) + 1)
+    return [float(np.average(times[click], weights=weights[click])) for click in clicks]

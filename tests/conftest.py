@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +15,8 @@ from duovsr.model.one_step import OneStepModel
 from duovsr.model.prompt import Prompt
 from duovsr.model.tiny_vae import TinyVAE
 from duovsr.model.transformer import Transformer
-from duovsr.options import Preset, TinyVAEConfig, TransformerConfig, WindowConfig
+from duovsr.options import PRESETS, Preset, TinyVAEConfig, TransformerConfig, WindowConfig
+from duovsr.train.stages import Job, resolve, run_job
 
 SMALL = Preset(
     name="small",
@@ -63,8 +65,7 @@ def training_pool(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_pool(tmp_path_factory.mktemp("data") / "pool")
 
 
-@pytest.fixture(scope="session")
-def small_model() -> OneStepModel:
+def random_model() -> OneStepModel:
     """A random model whose output depends on everything: its zero-initialised head is filled."""
     torch.manual_seed(0)
     assert SMALL.vae is not None
@@ -73,6 +74,39 @@ def small_model() -> OneStepModel:
     for module in (transformer, vae, prompt):
         module.requires_grad_(False).eval()
     return OneStepModel(SMALL, transformer, channels_last(vae), prompt.positive[None])
+
+
+def run_stage(stage: str, out: Path, *settings: str, **job: Any) -> Path:
+    """`duovsr train` for a single step. Returns `out`."""
+    short = ("batch=2", "crop=32", "steps=1", "warmup=1", "dtype=float32", "device=cpu")
+    described = Job(stage, out, **job)
+    run_job(described, resolve(described, [*short, *settings]))
+    return out
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+@pytest.fixture
+def small_preset(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SMALL under the name of `tiny`."""
+    monkeypatch.setitem(PRESETS, "tiny", SMALL)
+
+
+@pytest.fixture(scope="session")
+def base(training_pool: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of stage `base` on `small_preset`."""
+    folder = tmp_path_factory.mktemp("runs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(PRESETS, "tiny", SMALL)
+        run_stage("vae", folder / "vae", data=(training_pool,))
+        return run_stage("base", folder / "base", data=(training_pool,), init=folder / "vae")
+
+
+@pytest.fixture(scope="session")
+def small_model() -> OneStepModel:
+    return random_model()
 
 
 @pytest.fixture(scope="session")

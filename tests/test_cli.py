@@ -2,54 +2,33 @@
 
 from __future__ import annotations
 
+import io
 import json
-import signal
 import subprocess
 import sys
-import time
+from collections.abc import Iterator
+from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
+import av
 import pytest
 import torch
 
-from duovsr import cli
 from duovsr.engine.upscaler import Upscaler
 from duovsr.errors import InputError
-from duovsr.weights import FILES, load_model
+from duovsr.options import Position, Progress, UpscaleOptions
+from duovsr.progress import Reporter
+from duovsr.repository import CONFIG, FILES
+from duovsr.weights import load_model
 from tests.clips import Clip, write_clip
+from tests.command_line import Run, running
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], small_upscaler: Upscaler) -> Run:
-    monkeypatch.setattr(Upscaler, "from_preset", classmethod(lambda *_, **__: small_upscaler))
-    return Run(monkeypatch, capsys)
-
-
-class Run:
-    """Calls the command line in this process, with a small random model in place of the shipped one."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-        self._monkeypatch, self._capsys = monkeypatch, capsys
-        self.out = self.err = ""
-
-    def __call__(self, *arguments: object) -> int:
-        self._monkeypatch.setattr(sys, "argv", ["duovsr", *map(str, arguments)])
-        with pytest.raises(SystemExit) as exit_info:
-            cli.main()
-        self.out, self.err = self._capsys.readouterr()
-        code = exit_info.value.code
-        assert isinstance(code, int)
-        return code
-
-    def fails(self, code: int, words: str, *arguments: object) -> None:
-        assert self(*arguments) == code, self.err
-        first, *rest = self.err.strip().splitlines()
-        assert first.startswith("error: ")
-        assert words in first
-        assert all(line.startswith("hint: ") for line in rest)
-        assert len(rest) <= 1
-        assert "Traceback" not in self.err
-        assert self.out == ""
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], small_upscaler: Upscaler) -> Iterator[Run]:
+    yield from running(monkeypatch, capsys, small_upscaler)
 
 
 def test_upscale_writes_the_file_and_says_so(run: Run, tmp_path: Path) -> None:
@@ -62,11 +41,14 @@ def test_upscale_writes_the_file_and_says_so(run: Run, tmp_path: Path) -> None:
     assert "126x96" in run.err
 
 
-def test_warnings_give_exit_code_1(run: Run, tmp_path: Path) -> None:
-    source = write_clip(tmp_path / "in.mp4", Clip(size=(63, 47)))
-    assert run("upscale", source, tmp_path / "out.mp4", "--scale", 1) == 1
-    assert "note: " in run.err
-    assert (tmp_path / "out.mp4").is_file()
+def test_warnings_give_exit_code_1_and_remarks_do_not(run: Run, tmp_path: Path) -> None:
+    source = write_clip(tmp_path / "odd.mp4", Clip(size=(63, 47)))
+    assert run("upscale", source, tmp_path / "odd_out.mp4", "--scale", 1) == 0
+    assert "note: 63x47 has an odd side: written as 4:4:4" in run.err
+    source = write_clip(tmp_path / "in.mp4", Clip(aspect=Fraction(16, 11)))
+    assert run("upscale", source, tmp_path / "out.mkv", "--scale", 1, "--codec", "vp9") == 1
+    assert "note: the pixel aspect ratio 16/11 is not kept" in run.err
+    assert (tmp_path / "out.mkv").is_file()
 
 
 def test_dry_run_plans_and_writes_nothing(run: Run, tmp_path: Path) -> None:
@@ -77,6 +59,44 @@ def test_dry_run_plans_and_writes_nothing(run: Run, tmp_path: Path) -> None:
     assert run("upscale", source, tmp_path / "out.mp4", "--dry-run", "--json") == 0
     assert json.loads(run.out)["seconds_per_frame"] > 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.mp4"]
+
+
+FLAGS: dict[str, tuple[list[str], Any]] = {  # the option that each flag sets
+    "start": (["--start", "0:01:30.5"], Position(seconds=Fraction(181, 2))),
+    "end": (["--end", "2250f"], Position(frame=2250)),
+    "frame_rate": (["--fps", "24000/1001"], Fraction(24000, 1001)),
+    "audio": (["--no-audio"], False),
+    "subtitles": (["--no-subs"], False),
+    "deinterlace": (["--no-deinterlace"], False),
+    "scene_cuts": (["--no-scene-cuts"], False),
+    "encoder_options": (
+        ["--encoder-opt", "preset=slow", "--encoder-opt", "x264-params=a=b"],
+        (("preset", "slow"), ("x264-params", "a=b")),
+    ),
+    "restart": (["--restart"], True),
+    "overwrite": (["--overwrite"], True),
+    "size": (["--size", "128x96"], (128, 96)),
+    "tile": (["--tile", "off"], 0),
+    "crf": (["--crf", "20"], 20),
+}
+
+
+@pytest.mark.parametrize("name", FLAGS)
+def test_flags_set_their_options_and_no_others(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    seen: list[UpscaleOptions] = []
+
+    def refuse(_: Upscaler, source: Path, destination: Path, options: UpscaleOptions, *__: object) -> None:
+        seen.append(options)
+        raise InputError("seen")
+
+    monkeypatch.setattr(Upscaler, "upscale_file", refuse)
+    monkeypatch.setattr("duovsr.cli.file._look", lambda *_: None)
+    flags, value = FLAGS[name]
+    run.fails(3, "seen", "upscale", tmp_path / "in.mp4", tmp_path / "out.mp4", *flags)
+    assert seen == [replace(UpscaleOptions(), **{name: value})]
+    assert value != getattr(UpscaleOptions(), name)
 
 
 @pytest.mark.parametrize(
@@ -93,6 +113,17 @@ def test_dry_run_plans_and_writes_nothing(run: Run, tmp_path: Path) -> None:
         (["--codec", "divx"], "divx"),
         (["--crf", "99"], "crf"),
         (["--chunk", "0"], "chunk"),
+        (["--start", "soon"], "position: `soon`"),
+        (["--end", "-1"], "position: `-1`"),
+        (["--start", "2", "--end", "1"], "ends before it starts"),
+        (["--fps", "24/0"], "frame rate: `24/0`"),
+        (["--fps", "film"], "frame rate: `film`"),
+        (["--fps", "24"], "in.mp4"),
+        (["--encoder-opt", "preset"], "encoder option: `preset`"),
+        (["--encoder-opt", "presto=slow"], "presto"),
+        (["--recursive"], "in.mp4"),
+        (["--pattern", "*.mp4"], "in.mp4"),
+        (["--suffix", "_x4"], "in.mp4"),
         (["--nonsense"], "nonsense"),
     ],
 )
@@ -108,8 +139,8 @@ def test_bad_inputs_are_refused(run: Run, tmp_path: Path) -> None:
     (tmp_path / "text.mp4").write_text("not a video\n" * 100)
     whole = write_clip(tmp_path / "whole.mp4").read_bytes()
     (tmp_path / "no_index.mp4").write_bytes(whole[: whole.index(b"moov") - 4])
-    for name in ("missing.mp4", "empty.mp4", "text.mp4", "no_index.mp4", "."):
-        run.fails(3, name if name != "." else str(tmp_path), "upscale", tmp_path / name, tmp_path / "out.mp4")
+    for name in ("missing.mp4", "empty.mp4", "text.mp4", "no_index.mp4"):
+        run.fails(3, name, "upscale", tmp_path / name, tmp_path / "out.mp4")
     assert not (tmp_path / "out.mp4").exists()
 
 
@@ -126,35 +157,50 @@ def test_bad_targets_are_refused(run: Run, tmp_path: Path) -> None:
     assert source.read_bytes() == before
 
 
+def test_a_refusal_comes_before_the_model_is_loaded(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Upscaler, "from_preset", classmethod(lambda *_, **__: pytest.fail("loaded")))
+    source = write_clip(tmp_path / "in.mp4")
+    run.fails(3, "no.mp4", "upscale", tmp_path / "no.mp4", tmp_path / "out.mp4")
+    run.fails(2, "in.mp4", "upscale", source, source)
+    run.fails(2, "divx", "upscale", source, tmp_path / "out.mp4", "--codec", "divx")
+    run.fails(2, "divx", "upscale", source, tmp_path / "%d.png", "--codec", "divx")
+
+
+def test_images_become_a_video_at_the_rate_that_is_asked_for(run: Run, tmp_path: Path) -> None:
+    run("upscale", write_clip(tmp_path / "in.mp4"), tmp_path / "%02d.png", "--scale", 1, "--end", "5f")
+    assert run("upscale", tmp_path / "%02d.png", tmp_path / "out.mkv", "--scale", 1, "--fps", "30000/1001") == 0, (
+        run.err
+    )
+    with av.open(str(tmp_path / "out.mkv")) as container:
+        times = [frame.time for frame in container.decode(video=0)]
+    assert times == pytest.approx([n * 1001 / 30000 for n in range(5)], abs=0.6e-3)
+
+
+def test_pipes_carry_the_video_alone(tmp_path: Path) -> None:
+    source = write_clip(tmp_path / "in.y4m", Clip(codec="wrapped_avframe"), "yuv4mpegpipe")
+    command = [sys.executable, "-m", "duovsr", "upscale", "-", "-", "--scale", "2", "--device", "cpu"]
+    done = subprocess.run(command, input=source.read_bytes(), capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert b"12 frames, 128x96" in done.stderr
+    with av.open(io.BytesIO(done.stdout)) as container:
+        assert container.format.name == "yuv4mpegpipe"
+        assert [(frame.width, frame.height) for frame in container.decode(video=0)] == [(128, 96)] * 12
+
+
+def test_pipes_that_cannot_be_are_refused(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = write_clip(tmp_path / "in.mp4")
+    run.fails(2, "--json", "upscale", source, "-", "--json")
+    run.fails(2, "--dry-run", "upscale", "-", tmp_path / "out.mp4", "--dry-run")
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    run.fails(2, "terminal", "upscale", source, "-")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.mp4"]
+
+
 def test_no_space_is_exit_code_4(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from shutil import _ntuple_diskusage
 
     monkeypatch.setattr("shutil.disk_usage", lambda _: _ntuple_diskusage(100, 100, 0))
     run.fails(4, "space", "upscale", write_clip(tmp_path / "in.mp4"), tmp_path / "out.mp4")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.mp4"]
-
-
-def test_interrupt_is_exit_code_130(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(*_: object, **__: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(Upscaler, "upscale_file", interrupted)
-    run.fails(130, "interrupted", "upscale", write_clip(tmp_path / "in.mp4"), tmp_path / "out.mp4")
-
-
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_leaves_nothing_behind(tmp_path: Path, number: signal.Signals, code: int) -> None:
-    source = write_clip(tmp_path / "in.mp4", Clip(pts=range(0, 512 * 400, 512)))
-    command = [sys.executable, "-m", "duovsr", "upscale", str(source), str(tmp_path / "out.mp4"), "--device", "cpu"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    while not list(tmp_path.glob(".duovsr-*")):
-        assert process.poll() is None
-        time.sleep(0.05)
-    process.send_signal(number)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == code, errors
-    assert errors.startswith("error: ")
-    assert "Traceback" not in errors
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.mp4"]
 
 
@@ -164,7 +210,7 @@ def test_bench_measures_a_clip(run: Run, tmp_path: Path) -> None:
     assert result["fps"] > 0
     assert result["load_seconds"] >= 0
     assert result["peak_rss_gib"] > 0
-    assert set(result["stage_seconds"]) == {"decode", "model", "color", "encode"}
+    assert set(result["stage_seconds"]) == {"decode", "copies", "model", "color", "encode"}
 
 
 def test_doctor_is_well_with_the_shipped_model(run: Run) -> None:
@@ -177,16 +223,18 @@ def test_doctor_is_well_with_the_shipped_model(run: Run) -> None:
 def test_doctor_finds_an_altered_model_file(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "tiny").mkdir()
     (tmp_path / "tiny" / "vae.safetensors").write_bytes(b"altered")
-    monkeypatch.setattr("duovsr.weights.weights_folder", lambda: tmp_path)
-    (tmp_path / "manifest.json").write_text(json.dumps({"tiny": dict.fromkeys(FILES, "0" * 64)}))
+    monkeypatch.setattr("duovsr.repository.weights_folder", lambda: tmp_path)
+    entries = {name: {"size": 7, "sha256": "0" * 64} for name in (CONFIG, *FILES)}
+    (tmp_path / "tiny" / "manifest.json").write_text(json.dumps(entries))
     assert run("doctor") == 1
     assert "model tiny: `vae.safetensors` is missing or altered" in run.out
 
 
-@pytest.mark.parametrize("text", ["{}", "[]", "{not json", '{"tiny": {}}', '{"other": {}}'])
+@pytest.mark.parametrize("text", ["{}", "[]", "{not json", '{"config.json": {}}'])
 def test_a_damaged_manifest_is_refused(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
-    monkeypatch.setattr("duovsr.weights.weights_folder", lambda: tmp_path)
-    (tmp_path / "manifest.json").write_text(text)
+    monkeypatch.setattr("duovsr.repository.weights_folder", lambda: tmp_path)
+    (tmp_path / "tiny").mkdir()
+    (tmp_path / "tiny" / "manifest.json").write_text(text)
     assert run("doctor") == 1
     assert "damaged model manifest" in run.out
     with pytest.raises(InputError, match="damaged model manifest"):
@@ -208,3 +256,21 @@ def test_version_and_help() -> None:
     for arguments, words in ((["--version"], "0.1.0"), (["--help"], "upscale")):
         done = subprocess.run([sys.executable, "-m", "duovsr", *arguments], capture_output=True, text=True, check=True)
         assert words in done.stdout
+
+
+def test_progress_elsewhere_than_on_a_terminal_is_lines_of_the_latest_speed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seconds = iter([0, 10, 20, 60, 100, 110])
+    monkeypatch.setattr("time.monotonic", lambda: next(seconds))
+    reporter = Reporter()
+    for done in (0, 500, 510, 550):  # 500 frames were there from an earlier run
+        reporter("a.mp4", Progress(done, 600))
+    reporter("b.mp4", Progress(0, None))
+    reporter("b.mp4", Progress(20, None))
+    assert capsys.readouterr().err.splitlines() == [
+        "a.mp4: 500 of 600 frames, 50.00 fps, 2 s left",
+        "a.mp4: 510 of 600 frames, 25.50 fps, 4 s left",
+        "a.mp4: 550 of 600 frames, 1.00 fps, 50 s left",
+        "b.mp4: 20 frames, 2.00 fps",
+    ]

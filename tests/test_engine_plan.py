@@ -6,14 +6,24 @@ import numpy as np
 import pytest
 
 from duovsr.engine.chunks import cut_into_chunks
-from duovsr.engine.plan import TILE_ALIGN, TILE_OVERLAP, Plan, plan_clip, plan_tiles
+from duovsr.engine.plan import TILE_ALIGN, TILE_OVERLAP, Plan, WeightBytes, plan_clip, plan_tiles
 from duovsr.engine.scenes import CutDetector
 from duovsr.errors import UsageError
-from duovsr.options import UpscaleOptions
+from duovsr.options import PRESETS, UpscaleOptions
 
 
-def plan(width: int, height: int, options: UpscaleOptions, free_bytes: int = 2**40, device: str = "cuda") -> Plan:
-    return plan_clip(width, height, options, device=device, dtype="float32", dtype_bytes=4, free_bytes=free_bytes)
+def plan(width: int, height: int, options: UpscaleOptions, free_bytes: int = 2**40) -> Plan:
+    return plan_clip(
+        width,
+        height,
+        options,
+        PRESETS["tiny"],
+        device="cuda",
+        dtype="float32",
+        dtype_bytes=4,
+        free_bytes=free_bytes,
+        weights=WeightBytes(0, 0),
+    )
 
 
 @pytest.mark.parametrize(

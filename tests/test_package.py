@@ -26,21 +26,26 @@ MAY_IMPORT = {  # DESIGN section 6; every part may import itself, and a new part
     "options": {"errors"},
     "kernels": BASE,
     "model": BASE | {"kernels"},
-    "weights": BASE | {"model"},
+    "repository": BASE,
+    "hub": BASE | {"repository"},
+    "weights": BASE | {"model", "repository", "hub"},
     "video": BASE,
     "metrics": BASE | {"video"},
     "engine.plan": BASE,
-    "engine": BASE | {"model", "video", "weights", "engine.plan"},
-    "train": BASE | {"model", "weights", "video", "metrics"},
+    "engine": BASE | {"model", "video", "repository", "weights", "engine.plan", "__init__"},
+    "train": BASE | {"model", "repository", "weights", "video", "metrics"},
     "progress": BASE,
     "cli": BASE
-    | {"kernels", "model", "weights", "video", "metrics", "engine.plan", "engine", "train", "progress", "__init__"},
+    | {"kernels", "model", "repository", "hub", "weights", "video", "metrics"}
+    | {"engine.plan", "engine", "train", "progress", "__init__"},
     "__init__": BASE | {"engine"},
     "__main__": {"cli"},
 }
 UPSCALE_FLAGS = set(
-    "--scale --size --model --device --dtype --seed --strength --chunk --overlap --tile --color --codec --crf --pix-fmt"
-    " --overwrite --dry-run --json --help".split()
+    "--scale --size --model --device --dtype --seed --strength --chunk --overlap --tile --color"
+    " --start --end --fps --no-audio --no-subs --no-deinterlace --no-scene-cuts"
+    " --codec --crf --pix-fmt --encoder-opt --recursive --pattern --suffix"
+    " --restart --overwrite --dry-run --json --help".split()
 )
 
 
@@ -93,7 +98,7 @@ def test_imports_follow_the_arrows(path: Path) -> None:
     assert targets <= MAY_IMPORT[part] | {part}
 
 
-@pytest.mark.parametrize("path", [PACKAGE / "cli.py", PACKAGE / "__init__.py"], ids=module_of)
+@pytest.mark.parametrize("path", [*sorted((PACKAGE / "cli").glob("*.py")), PACKAGE / "__init__.py"], ids=module_of)
 def test_the_entrance_imports_the_heavy_parts_lazily(path: Path) -> None:
     targets = {part_of(name) for name in imported(on_import(ast.parse(path.read_text())))}
     assert not targets & {"kernels", "model", "weights", "engine", "train"}
@@ -154,6 +159,12 @@ def test_upscale_has_these_flags_and_no_others() -> None:
     assert re.search(r"\bSRC\b.*\bDST\b", done.stdout)
 
 
+def test_readme_tells_of_every_flag_of_upscale() -> None:
+    readme = (ROOT / "README.md").read_text()
+    usage = readme[readme.index("## Use") : readme.index("## How it works")]
+    assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", usage)) >= UPSCALE_FLAGS - {"--help"}
+
+
 def test_wheel_carries_weights_and_types(tmp_path: Path) -> None:
     pytest.importorskip("hatchling", reason="the build backend, of the [dev] extra, is not installed")
     done = run(sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path))
@@ -162,7 +173,7 @@ def test_wheel_carries_weights_and_types(tmp_path: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         sizes = {entry.filename: entry.file_size for entry in archive.infolist()}
     weights = {str(path.relative_to(ROOT / "weights")): path.stat().st_size for path in (ROOT / "weights").rglob("*.*")}
-    assert {"manifest.json", "MODEL_CARD.md"} <= set(weights)
+    assert {"tiny/manifest.json", "MODEL_CARD.md"} <= set(weights)
     assert {f"duovsr/_weights/{name}": size for name, size in weights.items()}.items() <= sizes.items()
     assert max(weights.values()) <= 16 * 2**20 and sum(weights.values()) <= 32 * 2**20
     assert {"duovsr/py.typed", *(str(path.relative_to(ROOT)) for path in MODULES)} <= set(sizes)

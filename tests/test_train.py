@@ -27,7 +27,7 @@ from duovsr.train.roles import ode_solution
 from duovsr.train.runs import load_weights
 from duovsr.train.sources import sharpness as exact_sharpness
 from duovsr.train.stages import Job, resolve, run_job
-from duovsr.weights import check_files, load_model
+from duovsr.weights import load_model
 from tests.clips import Clip, write_clip
 from tests.conftest import SMALL, write_pool
 
@@ -167,8 +167,7 @@ def test_the_chain_trains_and_its_model_loads(
         assert strip.size == (3 * 32, 2 * 32) or strip.size == (3 * 32, 4 * 32), stage
     assert {"vae", "model", "score"} <= set(load_weights(tmp_path / "one"))
     run_job(Job("export", tmp_path / "weights" / "tiny", init=tmp_path / "refine"), ExportConfig())
-    monkeypatch.setattr("duovsr.weights.weights_folder", lambda: tmp_path / "weights")
-    assert all(status.verified for status in check_files("tiny"))
+    monkeypatch.setattr("duovsr.repository.weights_folder", lambda: tmp_path / "weights")
     assert load_model("tiny", CPU, torch.float32).prompt.shape == (1, 4, 16)
     with pytest.raises(InputError, match="it has vae"):
         run_stage("cfg", tmp_path / "wrong", data=pool, init=tmp_path / "vae")

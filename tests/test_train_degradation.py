@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from duovsr.train.degradation_ops import Blur, Codec, Jpeg, Noise, Operator, Qua
 from tests.test_train_degradation_ops import seeded, textured
 
 FULL = DegradationConfig(clean=0.0, mild=0.0, unsharp=True)
-CLEAN, MILD = DegradationConfig(clean=1.0), DegradationConfig(clean=0.0, mild=1.0)
+CLEAN, MILD = DegradationConfig(clean=1.0, mild=0.0), DegradationConfig(clean=0.0, mild=1.0)
 
 
 def recipes(config: DegradationConfig, count: int, frames: int = 3) -> list[Recipe]:
@@ -168,6 +169,39 @@ def test_unusable_configurations_are_refused() -> None:
         DegradationConfig(codec_control="abr")
     with pytest.raises(UsageError, match="cannot hold a bit rate"):
         DegradationConfig(codec_control="bitrate", codec_surrogate=True)
+    with pytest.raises(UsageError, match="unsupported clean and mild"):
+        DegradationConfig(clean=0.7, mild=0.4)
+
+
+@pytest.mark.parametrize(
+    ("part", "changes"),
+    [
+        *((None, {name: value}) for name in ("clean", "mild_jpeg", "second_blur", "poisson") for value in (-0.1, 1.1)),
+        (None, {"final_sinc": math.nan}),
+        *((None, {"kernel_size": sizes}) for sizes in ((7, 20), (21, 7), (-1, 3))),
+        *((None, {"kernel_families": (share,) * 7}) for share in (0.0, -1.0, math.inf)),
+        (None, {"sinc_omega": (1.0, 4.0)}),
+        (None, {"beta_plateau": (0.0, 1.0)}),
+        (None, {"jpeg_step": -1.0}),
+        ("first", {"blur_sigma": (2.0, 1.0)}),
+        ("first", {"blur_sigma": (0.0, 1.0)}),
+        ("second", {"noise_sigma": (-1.0, 1.0)}),
+        ("second", {"poisson_scale": (0.0, math.inf)}),
+        ("mild_ranges", {"jpeg_quality": (0, 50)}),
+        ("mild_ranges", {"crf": (20, 52)}),
+        ("first", {"mpeg4_quantiser": (1, 5)}),
+        ("first", {"bitrate": (0, 5)}),
+        ("first_resize", {"scale": (0.0, 1.0)}),
+        ("first_resize", {"scale": (1.1, 1.5)}),
+        ("second_resize", {"directions": (0.0, 0.0, 0.0)}),
+        ("step", {"sigma": -0.1}),
+    ],
+)
+def test_settings_out_of_range_are_refused(part: str | None, changes: dict[str, Any]) -> None:
+    config = DegradationConfig()
+    with pytest.raises(UsageError, match=f"unsupported {next(iter(changes))}") as caught:
+        replace(config if part is None else getattr(config, part), **changes)
+    assert caught.value.hint
 
 
 @pytest.mark.parametrize(

@@ -17,22 +17,32 @@ ROOT = Path(__file__).parents[1]
 SETTINGS = ["batch=6", "crop=32", "save_every=2", "log_every=1", "warmup=1", "dtype=float32", "device=cpu"]
 
 
-def launch(processes: int, *arguments: object, restarts: int = 0, check: bool = True, **environment: str) -> int:
-    """Run `tests.train_worker` on its own or under torchrun; its exit code."""
-    command = [sys.executable, "-m"]
+WORKER = ("-m", "tests.train_worker")
+
+
+def launch(
+    processes: int,
+    *arguments: object,
+    restarts: int = 0,
+    check: bool = True,
+    program: tuple[str, ...] = WORKER,
+    **environment: str,
+) -> int:
+    """Run a program on its own or under torchrun; its exit code."""
+    command = [sys.executable]
     if processes > 1:
-        command += ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-        command += [f"--max-restarts={restarts}", "-m"]
-    command += ["tests.train_worker", *map(str, arguments)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        command += [f"--max-restarts={restarts}"]
+    command += [*program, *map(str, arguments)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment}
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=900)
     assert not check or done.returncode == 0, done.stderr[-3000:]
     return done.returncode
 
 
-def losses(run: Path) -> dict[int, float]:
+def losses(run: Path, name: str = "loss") -> dict[int, float]:
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return {record["step"]: record["loss"] for record in records if "loss" in record}
+    return {record["step"]: record[name] for record in records if name in record}
 
 
 @pytest.fixture(scope="module")
@@ -62,9 +72,28 @@ def test_two_processes_train_as_one(
 
 def test_the_stages_in_pixels_train_as_one_too(training_pool: Path, vae: Path, alone: Path, tmp_path: Path) -> None:
     launch(2, "vae", tmp_path / "vae", training_pool, "-", *SETTINGS, "steps=1")
-    launch(2, "refine", tmp_path / "refine", training_pool, alone, *SETTINGS, "steps=2", "adversarial_start=1")
     assert losses(tmp_path / "vae") == pytest.approx(losses(vae), abs=1e-4)
-    assert (tmp_path / "refine" / "final.pt").exists()
+    refine = (training_pool, alone, *SETTINGS, "steps=3", "adversarial_start=1", "noise_weight=1")
+    launch(1, "refine", tmp_path / "one", *refine)
+    launch(2, "refine", tmp_path / "two", *refine, "accumulate=3")
+    for name in ("loss", "noise_drift", "adversarial", "discriminator"):
+        assert losses(tmp_path / "two", name) == pytest.approx(losses(tmp_path / "one", name), abs=1e-4), name
+
+
+def test_stages_follow_each_other_in_one_job(training_pool: Path, vae: Path, alone: Path, tmp_path: Path) -> None:
+    """As in a recipe. Latents are made by the first rank alone, while the other waits."""
+    script = tmp_path / "chain.py"
+    script.write_text(
+        "import sys\nfrom tests.train_worker import main\n"
+        "out, pool, vae, *settings = sys.argv[1:]\n"
+        "for job in (['latents', out + '/latents', pool, vae, 'samples=4'], ['base', out + '/base', pool, vae]):\n"
+        "    sys.argv = ['worker', *job, *settings]\n    main()\n"
+    )
+    launch(2, tmp_path, training_pool, vae, *SETTINGS, "steps=6", program=(str(script),))
+    assert losses(tmp_path / "base") == pytest.approx(losses(alone), abs=1e-4)
+    launch(1, "latents", tmp_path / "alone", training_pool, vae, *SETTINGS, "steps=6", "samples=4")
+    mine, theirs = (tmp_path / name / "latents.npy" for name in ("latents", "alone"))
+    assert mine.read_bytes() == theirs.read_bytes()
 
 
 def test_a_checkpoint_of_two_processes_is_the_same_on_one_and_three(tmp_path: Path) -> None:

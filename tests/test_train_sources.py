@@ -16,7 +16,8 @@ from torch.testing import assert_close
 
 from duovsr.errors import InputError, TrainError, UsageError
 from duovsr.train import pool as pools
-from duovsr.train.pool import PoolConfig, build_pool, camera_move, camera_path, crop_clip, view
+from duovsr.train.options import PoolConfig
+from duovsr.train.pool import build_pool, camera_move, camera_path, crop_clip, view
 from duovsr.train.sources import find_sources, measure, open_footage, sharpness
 from tests.clips import Clip, write_clip
 

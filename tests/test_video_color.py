@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 import pytest
 from clips import Clip, write_clip
-from test_video_roundtrip import copy_clip
 
 from duovsr.errors import InputError
-from duovsr.video import info as info_module
 from duovsr.video.color import (
     LUMA_WEIGHTS,
     ColorTags,
@@ -23,6 +20,7 @@ from duovsr.video.color import (
 )
 from duovsr.video.info import probe
 from duovsr.video.reader import VideoReader
+from tests.pieces import copy_clip
 
 UNTAGGED = ColorTags(2, 2, 2, 0)
 CASES = [(matrix, full) for matrix in (1, 6, 9) for full in (1, 2)]
@@ -188,10 +186,7 @@ def test_players_size_rule(size: tuple[int, int], matrix: int) -> None:
 
 def test_unknown_matrix_is_refused(tmp_path: Path) -> None:
     assert decoding_tags(ColorTags(2, 2, 14, 1), 64, 48) is None
-    source = write_clip(tmp_path / "in.mp4", Clip(pts=(0,), color=(9, 16, 2, 1)))
-    info = probe(source)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(info_module, "_tags", lambda picture: ColorTags(9, 16, 14, 1))
-        with pytest.raises(InputError, match="unsupported colour matrix 14"):
-            VideoReader(source)
-    assert info.time_base == Fraction(1, 12800)
+    source = write_clip(tmp_path / "in.mp4", Clip(pts=(0,), color=(9, 16, 14, 1)))
+    assert probe(source).color == ColorTags(9, 16, 14, 1)
+    with pytest.raises(InputError, match=r"unsupported colour matrix 14 \(H.273\) in `.*in.mp4`"):
+        VideoReader(source)

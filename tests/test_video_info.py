@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import struct
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
@@ -125,8 +126,24 @@ def test_full_range_by_pixel_format_and_by_tag(tmp_path: Path) -> None:
     assert probe(full).color.range == 2
 
 
-def test_what_rgb_frames_cannot_carry_is_said(tmp_path: Path) -> None:
-    path = write_clip(tmp_path / "in.png", Clip(pts=(0,), codec="png", pix_fmt="rgba"), "image2")
+def test_plain_video_has_nothing_to_say(tmp_path: Path) -> None:
+    path = write_clip(tmp_path / "in.mp4", Clip())
+    info = probe(path)
+    assert (info.has_alpha, info.interlaced, info.hdr) == (False, False, None)
     with VideoReader(path) as reader:
-        list(reader)
-    assert reader.notices == ["transparency is not kept"]
+        assert reader.info == info
+        assert len(list(reader)) == reader.frames_read == 12
+    assert (reader.notices, reader.window) == ([], (None, None))
+
+
+def test_a_damaged_matrix_of_display_fits_the_frames(tmp_path: Path) -> None:
+    """A matrix that is no rotation: the size that is told is the size that is read."""
+    path = write_clip(tmp_path / "in.mp4", Clip(rotation=90))
+    data = bytearray(path.read_bytes())
+    matrix = data.index(b"tkhd") + 4 + 40  # after version, times, identity, layer and volume
+    for a, b, c, d in ((5, 3, -40, 2), (0, 0, 0, 0), (1, -9, 2, -1), (-(2**31), 2**31 - 1, -(2**31), 1)):
+        data[matrix : matrix + 36] = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
+        path.write_bytes(data)
+        with VideoReader(path) as reader:
+            frame = next(iter(reader))
+        assert frame.pixels.shape == (reader.info.height, reader.info.width, 3)

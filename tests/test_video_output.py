@@ -6,53 +6,41 @@ import errno
 import os
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
 
-import av
 import numpy as np
 import pytest
-from clips import Clip, write_clip
-from test_video_roundtrip import copy_clip
 
-from duovsr.errors import DuovsrError, InputError, NoSpaceError, UsageError
+from duovsr.errors import DuovsrError, NoSpaceError, UsageError
+from duovsr.video.codecs import choose_encoding
+from duovsr.video.encoder import VideoEncoder
 from duovsr.video.info import probe
-from duovsr.video.output import atomic_output, check_space, check_target, disk_errors, verify_output
-from duovsr.video.reader import Frame, VideoReader
-from duovsr.video.writer import VideoWriter
+from duovsr.video.output import check_space, check_target, disk_errors, publish, verify_output
+from duovsr.video.reader import Frame
+from tests.clips import Clip, start_time, write_clip
+from tests.pieces import copy_clip
 
 NOISE = list(np.random.default_rng(0).integers(0, 256, (8, 192, 256, 3), dtype=np.uint8))
 
 
-def test_output_appears_whole_or_not_at_all(tmp_path: Path) -> None:
-    target = tmp_path / "out.mp4"
-    with atomic_output(target, overwrite=False) as partial:
-        partial.write_bytes(b"whole")
-        assert not target.exists()
-    assert os.listdir(tmp_path) == ["out.mp4"]
-    for error in (ValueError, KeyboardInterrupt):
-        with pytest.raises(error):
-            write_half(target, error)
-    assert os.listdir(tmp_path) == ["out.mp4"]
-    assert target.read_bytes() == b"whole"
+@pytest.mark.parametrize("links", [True, False])
+def test_target_that_appeared_meanwhile_is_not_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool
+) -> None:
+    def no_links(source: Path, target: Path) -> None:
+        raise OSError(errno.EPERM, "no hard links here")
 
-
-def write_half(target: Path, error: type[BaseException]) -> None:
-    with atomic_output(target, overwrite=True) as partial:
-        partial.write_bytes(b"half")
-        raise error
-
-
-def test_target_that_appeared_meanwhile_is_not_replaced(tmp_path: Path) -> None:
-    target = tmp_path / "out.mp4"
-
-    def write() -> None:
-        with atomic_output(target, overwrite=False) as partial:
-            partial.write_bytes(b"ours")
-            target.write_bytes(b"theirs")
-
+    if not links:
+        monkeypatch.setattr(os, "link", no_links)
+    target, partial = tmp_path / "out.mp4", tmp_path / "out.part"
+    partial.write_bytes(b"ours")
+    publish(partial, target, overwrite=False)
+    assert target.read_bytes() == b"ours"
+    partial.write_bytes(b"later")
     with pytest.raises(UsageError, match="the target exists"):
-        write()
-    assert target.read_bytes() == b"theirs"
+        publish(partial, target, overwrite=False)
+    assert target.read_bytes() == b"ours"
+    publish(partial, target, overwrite=True)
+    assert target.read_bytes() == b"later"
     assert os.listdir(tmp_path) == ["out.mp4"]
 
 
@@ -104,54 +92,32 @@ def test_system_errors_are_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, a disk that is always full")
-@pytest.mark.parametrize("format_name", ["mp4", "matroska", "mov"])
 @pytest.mark.parametrize("frames", [1, 8])
-def test_full_disk(tmp_path: Path, format_name: str, frames: int) -> None:
+def test_full_disk_in_a_piece(tmp_path: Path, frames: int) -> None:
     """At whatever point the system says so: the header, a packet, or the very end."""
     source = write_clip(tmp_path / "in.mp4", Clip(pts=range(0, 8 * 512, 512), size=(256, 192), pictures=NOISE))
-    full = tmp_path / "out.part"
+    full = tmp_path / "piece.part"
     full.symlink_to("/dev/full")
     info = probe(source)
+    encoding = choose_encoding(info, 256, 192, "mp4", codec="h264", crf=0, pix_fmt=None)
 
     def write() -> None:
-        with VideoWriter(full, info, 256, 192, codec="h264", crf=0, format_name=format_name) as writer:
+        with VideoEncoder(full, info, 256, 192, encoding) as encoder:
             for index in range(frames):
-                writer.write(Frame(NOISE[index], index * 512, info.time_base))
+                encoder.write(Frame(NOISE[index], index * 512, info.time_base))
 
     with pytest.raises(NoSpaceError, match="no space left"):
         write()
 
 
-@pytest.mark.parametrize("moment", ["mux", "close"])
-def test_disk_that_fills_late(tmp_path: Path, moment: str) -> None:
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, a disk that is always full")
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".mov"])
+def test_full_disk_when_putting_together(tmp_path: Path, suffix: str) -> None:
     source = write_clip(tmp_path / "in.mp4", Clip(audio=["aac"]))
-
-    def write() -> None:
-        with (
-            atomic_output(tmp_path / "out.mp4", overwrite=False) as partial,
-            VideoReader(source) as reader,
-            VideoWriter(partial, reader.info, 64, 48, format_name="mp4") as writer,
-        ):
-            writer._container = _FullDisk(writer._container, moment)
-            for frame in reader:
-                writer.write(frame)
-
+    (tmp_path / "out.part").symlink_to("/dev/full")
     with pytest.raises(NoSpaceError, match="no space left"):
-        write()
-    assert os.listdir(tmp_path) == ["in.mp4"]
-
-
-class _FullDisk:
-    """A container of which one method finds the disk full."""
-
-    def __init__(self, container: Any, method: str) -> None:
-        self._container, self._method = container, method
-
-    def __getattr__(self, name: str) -> Any:
-        return self._fail if name == self._method else getattr(self._container, name)
-
-    def _fail(self, *args: object) -> None:
-        raise av.error.OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        copy_clip(source, tmp_path / f"out{suffix}")
+    assert not (tmp_path / f"out{suffix}").exists()
 
 
 @pytest.mark.parametrize(
@@ -176,32 +142,20 @@ def test_settings_that_cannot_be_written(tmp_path: Path, settings: dict[str, obj
 
 def test_size_that_the_encoder_refuses(tmp_path: Path) -> None:
     source = write_clip(tmp_path / "in.mp4", Clip(pts=(0,), size=(2, 2)))
-    with pytest.raises(UsageError, match="libsvtav1 in mp4 refuses 2x2 in `yuv420p`"):
+    with pytest.raises(UsageError, match="libsvtav1 in matroska refuses 2x2 in `yuv420p`"):
         copy_clip(source, tmp_path / "out.mp4", codec="av1")
     with pytest.raises(UsageError, match="hevc needs 64 pixels of width, not 2"):
         copy_clip(source, tmp_path / "out.mp4", codec="hevc")
 
 
-@pytest.mark.parametrize(("codec", "target"), [("libopus", "out.mov"), ("flac", "out.mov")])
-def test_sound_that_the_container_refuses_is_said(tmp_path: Path, codec: str, target: str) -> None:
-    source = write_clip(tmp_path / "in.mkv", Clip(audio=(codec,)))
-    with VideoReader(source) as reader:
-        frames = list(reader)
-        name = "mov"
-        with VideoWriter(tmp_path / target, reader.info, 64, 48, format_name=name) as writer:
-            for frame in frames:
-                writer.write(frame)
-    assert any("is not kept: mov does not hold it" in notice for notice in writer.notices)
-    assert probe(tmp_path / target).audio_codec is None
-
-
-@pytest.mark.parametrize("format_name", ["mp4", "matroska"])
-def test_frames_before_time_zero_are_refused(tmp_path: Path, format_name: str) -> None:
-    info = probe(write_clip(tmp_path / "in.mp4", Clip(pts=(0,))))
-    with VideoWriter(tmp_path / "out", info, 256, 192, format_name=format_name) as writer:
-        with pytest.raises(InputError, match="the video starts before time zero"):
-            writer.write(Frame(NOISE[0], -1, info.time_base))
-        writer.write(Frame(NOISE[0], 0, info.time_base))
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".mov"])
+def test_frames_before_time_zero_move_all_streams(tmp_path: Path, suffix: str) -> None:
+    source = write_clip(tmp_path / "in.mp4", Clip(pts=range(0, 20 * 512, 512), audio=["aac"]))
+    target = tmp_path / f"out{suffix}"
+    copied = copy_clip(source, target, earlier=5120)
+    assert min(copied.pts) == -5120
+    assert start_time(target, "video") == 0
+    assert abs(start_time(target, "audio") - start_time(source, "audio") - Fraction(2, 5)) <= Fraction(1, 1000)
 
 
 def test_verification_sees_what_is_missing_or_late(tmp_path: Path) -> None:

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 
 import av
+import numpy as np
 import pytest
-from clips import Clip, packet_hashes, start_time, write_clip
-from test_video_roundtrip import copy_clip
+
+from duovsr.video import remux
+from duovsr.video.info import main_video
+from duovsr.video.output import target_of
+from duovsr.video.remux import StreamCopier, Window
+from duovsr.video.window import WHOLE
+from tests.clips import Clip, packet_hashes, start_time, write_clip
+from tests.pieces import copy_clip
 
 RICH = Clip(
     pts=range(0, 40 * 512, 512),
@@ -17,78 +25,143 @@ RICH = Clip(
     metadata={"title": "A clip", "comment": "made by a test"},
     chapters=[(0, 800, "One"), (800, 1600, "Two")],
 )
+MS = Fraction(1, 1000)
 
 
-@pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
-@pytest.mark.parametrize("source_suffix", [".mp4", ".mkv"])
-def test_all_sound_tracks_chapters_and_metadata(tmp_path: Path, source_suffix: str, suffix: str) -> None:
-    source, target = write_clip(tmp_path / f"in{source_suffix}", RICH), tmp_path / f"out{suffix}"
-    assert copy_clip(source, target).notices == []
-    for index in range(2):
-        assert packet_hashes(target, "audio", index) == packet_hashes(source, "audio", index)
-    with av.open(str(target)) as container:
-        assert [stream.metadata["language"] for stream in container.streams.audio] == ["deu", "fra"]
-        assert {key.lower(): value for key, value in container.metadata.items()}["title"] == "A clip"
-        titles = [(c["start"] * c["time_base"], c["metadata"]["title"]) for c in container.chapters()]
-    assert titles == [(0, "One"), (Fraction(4, 5), "Two")]
-    offsets = [start_time(path, "video") - start_time(path, "audio") for path in (source, target)]
-    assert abs(offsets[0] - offsets[1]) <= Fraction(1, 1000)
+def copy_streams(source: Path, target: Path, window: Window = WHOLE, **settings: bool) -> StreamCopier:
+    """The picture as it is, and beside it what `StreamCopier` brings along."""
+    format_name = target_of(target).format_name
+    options = {} if format_name in ("mp4", "mov") else {"avoid_negative_ts": "disabled"}
+    with (
+        av.open(str(source)) as container,
+        av.open(str(target), "w", format=format_name, container_options=options) as out,
+    ):
+        picture = main_video(container, source)
+        video = out.add_stream_from_template(picture, opaque=True)
+        copier = StreamCopier(source, out, video, window=window, **settings)
+        for packet in container.demux(picture):
+            if packet.size and window.place(packet, clip=False):
+                packet.stream = video
+                copier.copy_until(packet.dts * packet.time_base if packet.dts is not None else Fraction(0))
+                out.mux(packet)
+        copier.finish()
+    copier.close()
+    return copier
 
 
-def test_dispositions(tmp_path: Path) -> None:
-    source = write_clip(tmp_path / "in.mkv", RICH)
-    marked = tmp_path / "marked.mkv"
-    with av.open(str(source)) as container, av.open(str(marked), "w") as out:
+def copy_without_picture(source: Path, target: Path) -> StreamCopier:
+    """`copy_streams` with a picture of its own, which any container takes."""
+    with av.open(str(target), "w", metadata_errors="surrogateescape") as out:
+        encoder = "libvpx-vp9" if target.suffix == ".webm" else "libx264"
+        video = out.add_stream(encoder, rate=25)
+        video.width, video.height, video.pix_fmt = 64, 48, "yuv420p"
+        copier = StreamCopier(source, out, video)
+        out.mux(video.encode(av.VideoFrame(64, 48, "yuv420p")))
+        out.mux(video.encode(None))
+        copier.finish()
+    copier.close()
+    return copier
+
+
+def edited(
+    source: Path, path: Path, edit: Callable[[av.container.OutputContainer, dict[int, av.stream.Stream]], object]
+) -> Path:
+    """A copy of `source`, its streams changed by `edit` before anything is written."""
+    with av.open(str(source)) as container, av.open(str(path), "w") as out:
         copies = {stream.index: out.add_stream_from_template(stream, opaque=True) for stream in container.streams}
-        copies[1].disposition = av.stream.Disposition.comment
-        copies[2].disposition = av.stream.Disposition.default | av.stream.Disposition.hearing_impaired
+        for stream in container.streams:
+            copies[stream.index].metadata.update(stream.metadata)
+        edit(out, copies)
         for packet in container.demux():
             if packet.size:
                 packet.stream = copies[packet.stream_index]
                 out.mux(packet)
-    copy_clip(marked, tmp_path / "out.mkv")
-    with av.open(str(tmp_path / "out.mkv")) as container:
-        assert [stream.disposition for stream in container.streams.audio] == [
-            av.stream.Disposition.comment,
-            av.stream.Disposition.default | av.stream.Disposition.hearing_impaired,
-        ]
-
-
-def add_text_and_font(source: Path, path: Path) -> Path:
-    """A copy of `source` with an srt track and an attached file."""
-    script = path.with_suffix(".srt")
-    script.write_text("1\n00:00:00,100 --> 00:00:00,500\nGuten Tag\n\n2\n00:00:00,700 --> 00:00:01,000\nDanke\n")
-    with av.open(str(source)) as clip, av.open(str(script)) as text, av.open(str(path), "w") as out:
-        copies = {stream.index: out.add_stream_from_template(stream, opaque=True) for stream in clip.streams}
-        lines = out.add_stream_from_template(text.streams.subtitles[0])
-        lines.metadata["language"] = "deu"
-        out.add_attachment("font.ttf", "font/ttf", b"a font")
-        for container, target in ((text, {0: lines}), (clip, copies)):
-            for packet in container.demux():
-                if packet.size:
-                    packet.stream = target[packet.stream_index]
-                    out.mux(packet)
     return path
 
 
-def test_subtitles_and_attachments_in_mkv(tmp_path: Path) -> None:
-    source = add_text_and_font(write_clip(tmp_path / "clip.mkv", RICH), tmp_path / "in.mkv")
-    target = tmp_path / "out.mkv"
+def titles(path: Path) -> list[tuple[Fraction, Fraction, str]]:
+    with av.open(str(path)) as container:
+        chapters = container.chapters()
+    return [(c["start"] * c["time_base"], c["end"] * c["time_base"], c["metadata"]["title"]) for c in chapters]
+
+
+def packet_times(path: Path, kind: str) -> list[Fraction]:
+    with av.open(str(path)) as container:
+        stream = container.streams.get({kind: 0})[0]
+        return [packet.pts * packet.time_base for packet in container.demux(stream) if packet.size]
+
+
+def assert_offset_is_kept(source: Path, target: Path) -> None:
+    offsets = [start_time(path, "video") - start_time(path, "audio") for path in (source, target)]
+    assert abs(offsets[0] - offsets[1]) <= MS
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".mov"])
+@pytest.mark.parametrize("source_suffix", [".mp4", ".mkv", ".mov"])
+def test_all_sound_tracks_chapters_and_metadata(tmp_path: Path, source_suffix: str, suffix: str) -> None:
+    audio = ["aac", "libmp3lame"] if ".mov" in (suffix, source_suffix) else RICH.audio  # mov has no Opus
+    languages = ["ger" if source_suffix == ".mov" else "deu", "fra"]
+    clip = Clip(**{**vars(RICH), "audio": audio, "languages": languages})
+    source, target = write_clip(tmp_path / f"in{source_suffix}", clip), tmp_path / f"out{suffix}"
     assert copy_clip(source, target).notices == []
-    assert packet_hashes(target, "subtitles") == packet_hashes(source, "subtitles")
+    for index in range(2):
+        assert packet_hashes(target, "audio", index) == packet_hashes(source, "audio", index)
     with av.open(str(target)) as container:
-        assert container.streams.subtitles[0].language == "deu"
+        german = "ger" if ".mov" in (suffix, source_suffix) else "deu"  # as QuickTime's language 2 is read
+        assert [stream.metadata["language"] for stream in container.streams.audio] == [german, "fra"]
+        metadata = {key.lower(): value for key, value in container.metadata.items()}
+    assert (metadata["title"], metadata["comment"]) == ("A clip", "made by a test")
+    assert titles(target) == [(0, Fraction(4, 5), "One"), (Fraction(4, 5), Fraction(8, 5), "Two")]
+    assert_offset_is_kept(source, target)
+
+
+@pytest.mark.parametrize("suffix", [".webm", ".mkv"])
+def test_webm_sound_is_copied(tmp_path: Path, suffix: str) -> None:
+    clip = Clip(codec="libvpx-vp9", pix_fmt="yuv420p", audio=["libopus"], languages=["deu"], chapters=[(0, 400, "One")])
+    source, target = write_clip(tmp_path / "in.webm", clip), tmp_path / f"out{suffix}"
+    assert copy_streams(source, target).notices == []
+    assert packet_hashes(target, "audio") == packet_hashes(source, "audio")
+    assert titles(target) == [(0, Fraction(2, 5), "One")]
+    assert_offset_is_kept(source, target)
+
+
+@pytest.mark.parametrize("suffix", [".mkv", ".mp4", ".mov"])
+def test_dispositions(tmp_path: Path, suffix: str) -> None:
+    def mark(out: av.container.OutputContainer, copies: dict[int, av.stream.Stream]) -> None:
+        copies[1].disposition = av.stream.Disposition.comment
+        copies[2].disposition = av.stream.Disposition.default | av.stream.Disposition.hearing_impaired
+
+    clip = Clip(**{**vars(RICH), "audio": ["aac", "libmp3lame"]})
+    marked = edited(write_clip(tmp_path / "in.mkv", clip), tmp_path / f"marked{suffix}", mark)
+    copy_streams(marked, tmp_path / f"out{suffix}")
+    with av.open(str(marked)) as before, av.open(str(tmp_path / f"out{suffix}")) as after:
+        kept = [stream.disposition for stream in after.streams.audio]
+        assert kept == [stream.disposition for stream in before.streams.audio]
+    assert kept[0] != kept[1]
+    assert av.stream.Disposition.default in kept[1]
+    if suffix == ".mkv":
+        assert av.stream.Disposition.hearing_impaired in kept[1]
+
+
+def test_attachments_in_mkv(tmp_path: Path) -> None:
+    source = edited(
+        write_clip(tmp_path / "clip.mkv", RICH),
+        tmp_path / "in.mkv",
+        lambda out, copies: out.add_attachment("font.ttf", "font/ttf", b"a font"),
+    )
+    assert copy_clip(source, tmp_path / "out.mkv").notices == []
+    with av.open(str(tmp_path / "out.mkv")) as container:
         assert [(item.metadata["filename"], item.data) for item in container.streams.attachments] == [
             ("font.ttf", b"a font")
         ]
+    assert copy_clip(source, tmp_path / "out.mp4").notices == ["attachment `font.ttf` is not kept: only mkv holds it"]
 
 
-def test_what_mp4_cannot_hold_is_said(tmp_path: Path) -> None:
-    source = add_text_and_font(write_clip(tmp_path / "clip.mkv", RICH), tmp_path / "in.mkv")
-    assert copy_clip(source, tmp_path / "out.mp4").notices == [
-        "subtitle stream #3 (subrip) is not kept: mp4 does not hold it",
-        "attachment `font.ttf` is not kept: only mkv holds it",
-    ]
+def test_what_is_not_wanted_is_left_out_without_a_word(tmp_path: Path) -> None:
+    source = write_clip(tmp_path / "in.mkv", Clip(audio=["flac", "aac"]))
+    assert copy_streams(source, tmp_path / "out.mov", audio=False).notices == []
+    with av.open(str(tmp_path / "out.mov")) as container:
+        assert not container.streams.audio
 
 
 def test_sound_outlives_the_picture(tmp_path: Path) -> None:
@@ -102,3 +175,173 @@ def test_sound_outlives_the_picture(tmp_path: Path) -> None:
         assert len(packet_hashes(target, "audio")) == packets
         with av.open(str(target)) as container:
             assert sum(frame.samples for frame in container.decode(audio=0)) >= (packets - 2) * 1024
+
+
+@pytest.mark.parametrize("suffix", [".mkv", ".mp4"])
+@pytest.mark.parametrize("source_suffix", [".mkv", ".mp4"])
+def test_a_window_cuts_and_moves(tmp_path: Path, source_suffix: str, suffix: str) -> None:
+    intra = {"g": "1", "bf": "0"}
+    clip = Clip(pts=range(0, 100 * 512, 512), options=intra, audio=["aac"], chapters=RICH.chapters)
+    source, target = write_clip(tmp_path / f"in{source_suffix}", clip), tmp_path / f"out{suffix}"
+    start, end = Fraction(52, 100), Fraction(3)
+    assert copy_streams(source, target, Window(start, end, -start)).notices == []
+    times, hashes = packet_times(source, "audio"), packet_hashes(source, "audio")
+    inside = [(time, digest) for time, digest in zip(times, hashes, strict=True) if start <= time < end]
+    assert packet_hashes(target, "audio") == [digest for _, digest in inside]
+    moved = packet_times(target, "audio")
+    assert max(abs(a - (b - start)) for a, (b, _) in zip(moved, inside, strict=True)) <= MS
+    assert packet_times(target, "video")[0] == 0
+    found = titles(target)
+    assert [title for _, _, title in found] == ["One", "Two"]
+    expected = [(Fraction(0), Fraction(28, 100)), (Fraction(28, 100), Fraction(108, 100))]
+    for (first, last, _), span in zip(found, expected, strict=True):
+        assert abs(first - span[0]) <= MS
+        assert abs(last - span[1]) <= MS
+
+
+def test_a_window_without_chapters(tmp_path: Path) -> None:
+    source = write_clip(tmp_path / "in.mkv", Clip(pts=range(0, 100 * 512, 512), chapters=RICH.chapters))
+    copy_streams(source, tmp_path / "late.mkv", Window(start=Fraction(2)))
+    copy_streams(source, tmp_path / "early.mkv", Window(end=Fraction(1, 2)))
+    assert titles(tmp_path / "late.mkv") == []
+    assert titles(tmp_path / "early.mkv") == [(0, Fraction(1, 2), "One")]
+
+
+@pytest.mark.parametrize("time_base", [Fraction(1, 44100), Fraction(1, 1000), Fraction(1, 90000)])
+def test_a_move_is_exact_to_half_a_tick(time_base: Fraction) -> None:
+    """Every packet of a stream moves by the same, however many there are."""
+    shift = Fraction(-1001, 30000)
+    moves = set()
+    for index in range(1000):
+        packet = av.Packet(b"x")
+        packet.pts, packet.dts, packet.time_base = index * 1024, index * 1024 - 7, time_base
+        assert Window(shift=shift).place(packet, clip=False)
+        moves.add((packet.pts - index * 1024, packet.dts - index * 1024 + 7))
+    assert len(moves) == 1
+    for moved in moves.pop():
+        assert abs(moved * time_base - shift) <= time_base / 2
+
+
+def test_reading_stops_after_the_end_of_the_window(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = write_clip(tmp_path / "in.mkv", Clip(pts=range(0, 500 * 512, 512), audio=["aac"]))
+    monkeypatch.setattr(remux, "_INTERLEAVING", 1)
+    with av.open(str(tmp_path / "out.mkv"), "w") as out, av.open(str(source)) as container:
+        video = out.add_stream_from_template(container.streams.video[0], opaque=True)
+        copier = StreamCopier(source, out, video, window=Window(end=Fraction(2)))
+        copier.finish()
+        following = next(packet for packet in copier._input.demux() if packet.pts is not None)
+        assert 3 <= following.pts * following.time_base < 4
+    copier.close()
+
+
+def jpeg() -> bytes:
+    encoder = av.CodecContext.create("mjpeg", "w")
+    encoder.width, encoder.height, encoder.pix_fmt = 32, 32, "yuvj420p"
+    encoder.time_base = Fraction(1, 25)
+    return bytes(encoder.encode(av.VideoFrame(32, 32, "yuvj420p"))[0])
+
+
+@pytest.mark.parametrize("suffix", [".mkv", ".mp4"])
+def test_cover_art(tmp_path: Path, suffix: str) -> None:
+    image = jpeg()
+    covered = edited(
+        write_clip(tmp_path / "clip.mkv", Clip(audio=["aac"])),
+        tmp_path / "covered.mkv",
+        lambda out, copies: out.add_attachment("front.jpg", "image/jpeg", image),
+    )
+    assert copy_clip(covered, tmp_path / f"once{suffix}").notices == []
+    assert copy_clip(tmp_path / f"once{suffix}", tmp_path / f"twice{suffix}").notices == []
+    assert copy_clip(tmp_path / f"once{suffix}", tmp_path / "other.mkv").notices == []
+    for path in (tmp_path / f"once{suffix}", tmp_path / f"twice{suffix}", tmp_path / "other.mkv"):
+        with av.open(str(path)) as container:
+            covers = [s for s in container.streams.video if s.disposition & av.stream.Disposition.attached_pic]
+            assert len(covers) == 1
+            assert next(bytes(packet) for packet in container.demux(covers[0]) if packet.size) == image
+            assert len(container.streams.audio) == 1
+
+
+def test_cover_art_that_has_no_place_is_said(tmp_path: Path) -> None:
+    covered = edited(
+        write_clip(tmp_path / "clip.mkv", Clip(pts=(0, 512), codec="libvpx-vp9", pix_fmt="yuv420p")),
+        tmp_path / "covered.mkv",
+        lambda out, copies: out.add_attachment("front.jpg", "image/jpeg", jpeg()),
+    )
+    assert copy_streams(covered, tmp_path / "out.webm").notices == ["cover art #1 is not kept: webm does not hold it"]
+    assert copy_clip(covered, tmp_path / "out.mov").notices == ["cover art #1 is not kept: mov does not hold it"]
+
+
+def test_a_second_video_is_said(tmp_path: Path) -> None:
+    one = write_clip(tmp_path / "one.mkv", Clip())
+    with av.open(str(one)) as container, av.open(str(tmp_path / "two.mkv"), "w") as out:
+        copies = [out.add_stream_from_template(container.streams.video[0], opaque=True) for _ in range(2)]
+        for packet in container.demux():
+            if packet.size:
+                for copy in copies:
+                    again = av.Packet(bytes(packet))
+                    again.pts, again.dts, again.time_base = packet.pts, packet.dts, packet.time_base
+                    again.is_keyframe, again.stream = packet.is_keyframe, copy
+                    out.mux(again)
+    assert copy_streams(tmp_path / "two.mkv", tmp_path / "out.mkv").notices == [
+        "video stream #1 (h264) is not kept: only the main video is"
+    ]
+
+
+def timecodes(path: Path) -> list[str]:
+    with av.open(str(path)) as container:
+        return [stream.metadata["timecode"] for stream in container.streams if stream.type == "data"]
+
+
+@pytest.mark.parametrize("suffix", [".mov", ".mp4"])
+@pytest.mark.parametrize(
+    ("timecode", "rate", "kept"),
+    [
+        ("01:02:03:04", Fraction(25), True),
+        ("23:59:59:23", Fraction(24000, 1001), True),
+        ("01:02:03;04", Fraction(30000, 1001), True),
+        ("01:02:03;04", Fraction(25), False),
+        ("01:02:03:25", Fraction(25), False),
+        ("gone", Fraction(25), False),
+    ],
+)
+def test_timecode_track(tmp_path: Path, suffix: str, timecode: str, rate: Fraction, kept: bool) -> None:
+    source, target = (
+        write_clip(tmp_path / "in.mkv", Clip(stream_metadata={"timecode": timecode})),
+        tmp_path / f"o{suffix}",
+    )
+    with av.open(str(target), "w") as out:
+        video = out.add_stream("libx264", rate=rate)
+        copier = StreamCopier(source, out, video)
+        out.mux(video.encode(av.VideoFrame(640, 480, "yuv420p")))
+        out.mux(video.encode(None))
+        copier.finish()
+    copier.close()
+    assert timecodes(target) == ([timecode] if kept else [])
+    notice = f"the timecode is not kept: `{timecode}` does not go with {rate} frames a second"
+    assert copier.notices == ([] if kept else [notice])
+
+
+def test_timecode_that_cannot_be_kept_is_said(tmp_path: Path) -> None:
+    """A stream that was not made by an encoder has no rate: PyAV cannot set it."""
+    clip = Clip(stream_metadata={"timecode": "01:02:03:04"}, options={"g": "1", "bf": "0"})
+    source = write_clip(tmp_path / "in.mov", clip)
+    assert timecodes(source) == ["01:02:03:04"]
+    assert copy_streams(source, tmp_path / "out.mov").notices == [
+        "the timecode is not kept: `01:02:03:04` does not go with an unknown frame rate"
+    ]
+    start = Fraction(2, 25)
+    assert copy_streams(source, tmp_path / "cut.mkv", Window(start, None, -start)).notices == [
+        "the timecode is not kept: it counts from the start of the whole video"
+    ]
+    assert copy_streams(source, tmp_path / "out.mkv").notices == []
+    with av.open(str(tmp_path / "out.mkv")) as container:
+        assert container.streams.video[0].metadata["TIMECODE"] == "01:02:03:04"
+
+
+def test_damaged_packets_do_not_stop_the_copy(tmp_path: Path) -> None:
+    source = write_clip(tmp_path / "in.mkv", Clip(pts=range(0, 100 * 512, 512), audio=["aac"]))
+    data = bytearray(source.read_bytes())
+    for position in np.random.default_rng(3).integers(len(data) // 8, len(data), 60):
+        data[position] ^= 255
+    (tmp_path / "broken.mkv").write_bytes(bytes(data))
+    for suffix in (".mkv", ".mp4", ".webm"):
+        copy_without_picture(tmp_path / "broken.mkv", tmp_path / f"out{suffix}")

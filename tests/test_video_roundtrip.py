@@ -9,29 +9,14 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
-from clips import Clip, packet_hashes, picture, start_time, video_times, write_clip
 
-from duovsr.errors import InputError, UsageError
+from duovsr.errors import UsageError
 from duovsr.video.info import probe
-from duovsr.video.output import container_format, verify_output
-from duovsr.video.reader import Frame, VideoReader
-from duovsr.video.writer import VideoWriter
+from duovsr.video.reader import VideoReader
+from tests.clips import Clip, packet_hashes, picture, start_time, video_times, write_clip
+from tests.pieces import copy_clip
 
 IRREGULAR = (0, 512, 1024, 2560, 2816, 3072, 7168, 7680, 12800, 13000, 13500, 14000)
-
-
-def copy_clip(source: Path, target: Path, scale: int = 1, **settings: object) -> VideoWriter:
-    """Nearest-neighbour upscaling: the simplest model that an engine could drive."""
-    with VideoReader(source) as reader:
-        size = scale * reader.info.width, scale * reader.info.height
-        settings = {"codec": None, "crf": None, "pix_fmt": None} | settings
-        with VideoWriter(target, reader.info, *size, format_name=container_format(target), **settings) as writer:  # type: ignore[arg-type]
-            for frame in reader:
-                pixels = frame.pixels.repeat(scale, axis=0).repeat(scale, axis=1)
-                writer.write(Frame(pixels, frame.pts, frame.time_base))
-        writer.notices += reader.notices
-        verify_output(target, writer.written_pts, reader.info.time_base)
-    return writer
 
 
 def assert_same_times(found: list[Fraction], expected: list[Fraction], suffix: str) -> None:
@@ -58,13 +43,13 @@ def test_irregular_times_in_all_containers(tmp_path: Path, source_suffix: str, t
     codec = "mpeg4" if source_suffix == ".avi" else "libx264"
     clip = Clip(pts=pts, time_base=time_base, codec=codec, pix_fmt="yuv420p", options={"bf": "2"}, audio=["libmp3lame"])
     source, target = write_clip(tmp_path / f"in{source_suffix}", clip), tmp_path / f"out{target_suffix}"
-    writer = copy_clip(source, target, scale=2)
+    copied = copy_clip(source, target, scale=2)
     assert_same_times(video_times(target), video_times(source), target_suffix)
     assert (probe(target).width, probe(target).height) == (128, 96)
     if target_suffix == ".webm":
-        assert writer.notices == ["audio stream #1 (mp3) is not kept: webm does not hold it"]
+        assert copied.notices == ["audio stream #1 (mp3) is converted to opus: webm does not hold it"]
     else:
-        assert writer.notices == []
+        assert copied.notices == []
         assert packet_hashes(target, "audio") == packet_hashes(source, "audio")
 
 
@@ -83,18 +68,18 @@ def test_codecs_keep_times_and_size(tmp_path: Path, codec: str) -> None:
 def test_odd_sizes_are_exact(tmp_path: Path, size: tuple[int, int], scale: int) -> None:
     source = write_clip(tmp_path / "in.mp4", Clip(pts=(0, 512, 1024), size=size))
     target = tmp_path / "out.mp4"
-    writer = copy_clip(source, target, scale=scale)
+    copied = copy_clip(source, target, scale=scale)
     assert (probe(target).width, probe(target).height) == (scale * size[0], scale * size[1])
     odd = scale * size[0] % 2 or scale * size[1] % 2
-    assert bool(odd) == any("odd side: written as 4:4:4" in notice for notice in writer.notices)
+    assert bool(odd) == any("odd side: written as 4:4:4" in notice for notice in copied.notices)
 
 
 @pytest.mark.parametrize("codec", ["av1", "vp9"])
 def test_odd_sizes_in_codecs_that_take_them_in_420(tmp_path: Path, codec: str) -> None:
     source = write_clip(tmp_path / "in.mp4", Clip(pts=(0, 512), size=(63, 47)))
-    writer = copy_clip(source, tmp_path / "out.mkv", codec=codec)
+    copied = copy_clip(source, tmp_path / "out.mkv", codec=codec)
     assert (probe(tmp_path / "out.mkv").width, probe(tmp_path / "out.mkv").height) == (63, 47)
-    assert writer.notices == []
+    assert copied.notices == []
 
 
 def test_pix_fmt_that_cannot_hold_odd_sides_is_refused(tmp_path: Path) -> None:
@@ -144,9 +129,9 @@ def test_mirrored_clip_comes_out_mirrored(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("codec", "suffix"), [("h264", ".mp4"), ("hevc", ".mov"), ("h264", ".mkv"), ("ffv1", ".mp4")])
 def test_pixel_aspect_ratio_is_kept(tmp_path: Path, codec: str, suffix: str) -> None:
     source = write_clip(tmp_path / "in.mp4", Clip(pts=(0, 512), aspect=Fraction(16, 11)))
-    writer = copy_clip(source, tmp_path / f"out{suffix}", codec=codec)
+    copied = copy_clip(source, tmp_path / f"out{suffix}", codec=codec)
     assert probe(tmp_path / f"out{suffix}").sample_aspect_ratio == Fraction(16, 11)
-    assert writer.notices == []
+    assert copied.notices == []
 
 
 def test_lost_pixel_aspect_ratio_is_said(tmp_path: Path) -> None:
@@ -172,15 +157,13 @@ def test_gif_and_png_are_clips(tmp_path: Path) -> None:
         assert (next(iter(reader)).pixels == picture(0, (64, 48))).all()
 
 
-def test_size_that_changes_in_mid_stream_is_refused(tmp_path: Path) -> None:
+def test_size_that_changes_in_mid_stream_loses_nothing(tmp_path: Path) -> None:
     parts = [write_clip(tmp_path / f"{side}.ts", Clip(size=(side, side), pix_fmt="yuv420p")) for side in (64, 96)]
     joined = tmp_path / "joined.ts"
     joined.write_bytes(b"".join(part.read_bytes() for part in parts))
-    with (
-        VideoReader(joined) as reader,
-        pytest.raises(InputError, match="the size changes from 64x64 to 96x96 at frame"),
-    ):
-        list(reader)
+    copied = copy_clip(joined, tmp_path / "out.mp4")
+    assert "the size changes in mid-stream: 12 frames were rescaled to 64x64" in copied.notices
+    assert len(video_times(tmp_path / "out.mp4")) == 24
 
 
 @pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
@@ -190,10 +173,10 @@ def test_cut_off_clip_yields_what_decodes_and_says_so(tmp_path: Path, suffix: st
     source = write_clip(tmp_path / f"in{suffix}", clip if suffix == ".mp4" else Clip(**{**vars(clip), "muxer": {}}))
     data = source.read_bytes()
     source.write_bytes(data[: len(data) // 2])
-    writer = copy_clip(source, tmp_path / "out.mp4")
-    frames = len(writer.written_pts)
+    copied = copy_clip(source, tmp_path / "out.mp4")
+    frames = len(copied.pts)
     assert 15 <= frames <= 45
-    assert any(notice.startswith(f"damaged input: decoded {frames} of 60 frames") for notice in writer.notices)
+    assert any(notice.startswith(f"damaged input: decoded {frames} of 60 frames") for notice in copied.notices)
 
 
 def test_flipped_bytes_are_survived_and_said(tmp_path: Path) -> None:
@@ -203,8 +186,8 @@ def test_flipped_bytes_are_survived_and_said(tmp_path: Path) -> None:
     for position in np.random.default_rng(1).integers(len(data) // 4, len(data) * 3 // 4, 30):
         data[position] ^= 255
     source.write_bytes(bytes(data))
-    writer = copy_clip(source, tmp_path / "out.mp4")
-    assert any("damaged input: decoded" in notice for notice in writer.notices)
+    copied = copy_clip(source, tmp_path / "out.mp4")
+    assert any("damaged input: decoded" in notice for notice in copied.notices)
 
 
 def test_sound_clip_has_no_notices(tmp_path: Path) -> None:
@@ -220,6 +203,6 @@ def test_pictures_are_freed_at_once(tmp_path: Path) -> None:
     gc.disable()
     try:
         copy_clip(source, tmp_path / "out.mp4")
-        assert gc.collect() < 100
+        assert gc.collect() < 300  # pieces open more containers than pictures would
     finally:
         gc.enable()

@@ -10,11 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from duovsr import UpscaleOptions, Upscaler
 from duovsr.errors import InputError, UsageError
+from duovsr.repository import CONFIG, FILES, MANIFEST, Model, describe, shipped_models, weights_folder, write_manifest
 from duovsr.video.reader import VideoReader
-from duovsr.weights import check_files, load_model, save_model, sha256_of, weights_folder
+from duovsr.weights import load_model, save_model
 
 SAMPLE = Path(__file__).parents[1] / "benchmarks" / "sample.mp4"
 CPU = torch.device("cpu")
@@ -23,20 +25,21 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def copied_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     shutil.copytree(weights_folder(), tmp_path / "weights")
-    monkeypatch.setattr("duovsr.weights.weights_folder", lambda: tmp_path / "weights")
+    monkeypatch.setattr("duovsr.repository.weights_folder", lambda: tmp_path / "weights")
     return tmp_path / "weights"
 
 
 def remake_manifest(folder: Path) -> None:
-    files = {path.name: sha256_of(path) for path in (folder / "tiny").glob("*.safetensors")}
-    (folder / "manifest.json").write_text(json.dumps({"tiny": files}))
+    write_manifest(folder / MANIFEST, {name: folder / name for name in (CONFIG, *FILES)})
 
 
 def test_the_shipped_files_are_within_their_limits() -> None:
     files = list(weights_folder().rglob("*.safetensors"))
     assert sum(path.stat().st_size for path in files) <= 32 * 2**20
     assert max(path.stat().st_size for path in files) <= 16 * 2**20
-    assert all(status.verified for status in check_files("tiny"))
+    (tiny,) = shipped_models()
+    assert tiny.preset.name == tiny.name == "tiny"
+    assert {status.path.name for status in tiny.check() if status.verified} == {CONFIG, *FILES}
 
 
 def test_an_altered_file_is_refused(copied_weights: Path) -> None:
@@ -56,22 +59,59 @@ def test_a_missing_file_is_refused(copied_weights: Path) -> None:
 
 def test_an_exported_model_is_used_by_its_folder(copied_weights: Path) -> None:
     assert load_model(str(copied_weights / "tiny"), CPU, torch.float32).preset.name == "tiny"
-    (copied_weights / "tiny" / "config.json").write_text("{}")
-    with pytest.raises(InputError, match="damaged model description"):
+    (copied_weights / "tiny" / MANIFEST).unlink()
+    with pytest.raises(InputError, match="no model manifest") as caught:
         load_model(str(copied_weights / "tiny"), CPU, torch.float32)
+    assert "duovsr train export" in str(caught.value.hint)
     with pytest.raises(UsageError, match="unknown model: `elsewhere`"):
         load_model("elsewhere", CPU, torch.float32)
 
 
-def test_a_missing_or_foreign_tensor_is_refused(copied_weights: Path) -> None:
-    from safetensors.torch import load_file, save_file
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ("{", "damaged model description"),
+        ("[]", "damaged model description"),
+        ('{"model_type": "t5"}', "not a model of duovsr"),
+        ('{"library": "duovsr", "format": 2, "preset": "tiny"}', "made with a later duovsr"),
+        ('{"library": "duovsr", "format": 1, "preset": "huge"}', "made with a later duovsr.*`huge`"),
+    ],
+)
+def test_a_description_of_something_else_is_refused(copied_weights: Path, config: str, words: str) -> None:
+    (copied_weights / "tiny" / CONFIG).write_text(config)
+    with pytest.raises(InputError, match=r"does not match its sha256: .*config\.json"):
+        load_model("tiny", CPU, torch.float32)
+    remake_manifest(copied_weights / "tiny")
+    with pytest.raises(InputError, match=words):
+        load_model("tiny", CPU, torch.float32)
 
+
+@pytest.mark.parametrize("exported", [False, True])
+def test_a_model_that_ignores_the_lq_is_refused(copied_weights: Path, tmp_path: Path, exported: bool) -> None:
+    """A text-to-video checkpoint as it is published, and one that was widened and exported without training."""
+    folder = copied_weights / "tiny" if exported else tmp_path / "wan"
+    state = load_file(copied_weights / "tiny" / FILES[0])
+    if exported:
+        state["patch_embedding.weight"][:, 16:] = 0
+        save_file(state, folder / FILES[0])
+        remake_manifest(folder)
+    else:
+        folder.mkdir()
+        state["patch_embedding.weight"] = state["patch_embedding.weight"][:, :16].contiguous()
+        save_file(state, folder / "diffusion_pytorch_model.safetensors")
+        (folder / CONFIG).write_text('{"_class_name": "WanModel"}')
+    with pytest.raises(UsageError, match="ignores the video to upscale") as caught:
+        load_model(str(folder), CPU, torch.float32)
+    assert f"duovsr train recipe paper --init {folder} --data" in str(caught.value.hint)
+
+
+def test_a_missing_or_foreign_tensor_is_refused(copied_weights: Path) -> None:
     path = copied_weights / "tiny" / "vae.safetensors"
     state = load_file(path)
     for change in ({"surplus": torch.zeros(1)}, {"latent_mean": None}):
         changed = {name: tensor for name, tensor in {**state, **change}.items() if tensor is not None}
         save_file(changed, path)
-        remake_manifest(copied_weights)
+        remake_manifest(copied_weights / "tiny")
         with pytest.raises(InputError, match="not weights of this model"):
             load_model("tiny", CPU, torch.float32)
 
@@ -81,12 +121,23 @@ def test_an_unshipped_preset_is_refused() -> None:
         load_model("1.3b", CPU, torch.float32)
 
 
-def test_saved_models_are_noted_in_the_manifest(tmp_path: Path) -> None:
-    save_model(tmp_path, "one", "tiny", {"vae.safetensors": {"w": torch.ones(3)}})
-    save_model(tmp_path, "two", "tiny", {"vae.safetensors": {"w": torch.zeros(3)}})
-    manifest = json.loads((tmp_path / "manifest.json").read_text())
-    assert manifest["one"]["vae.safetensors"] == sha256_of(tmp_path / "one" / "vae.safetensors")
-    assert set(manifest) == {"one", "two"}
+def test_a_saved_model_replaces_another_whole_or_not_at_all(tmp_path: Path) -> None:
+    def save(value: float) -> None:
+        save_model(tmp_path, "tiny", {file: {"w": torch.full((3,), value)} for file in FILES})
+
+    save(0.5)
+    model = Model("mine", tmp_path, "again")
+    model.require_verified()
+    manifest = json.loads((tmp_path / MANIFEST).read_text())
+    assert manifest[FILES[0]]["size"] == (tmp_path / FILES[0]).stat().st_size
+    assert (tmp_path / CONFIG).read_text() == describe("tiny")
+    with pytest.raises(AttributeError):
+        save_model(tmp_path, "tiny", {FILES[0]: {"w": torch.ones(3)}, FILES[1]: {"w": None}})  # type: ignore[dict-item]
+    model.require_verified()
+    save(0.25)
+    model.require_verified()
+    assert json.loads((tmp_path / MANIFEST).read_text()) != manifest
+    assert {path.name for path in tmp_path.iterdir()} == {MANIFEST, CONFIG, *FILES}
 
 
 @pytest.fixture(scope="module")

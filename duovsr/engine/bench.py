@@ -1,4 +1,5 @@
-"""`duovsr bench`: load time, the share of each stage, speed and peak memory, on a clip or on synthetic frames."""
+"""`duovsr bench`: load time, the share of each stage, speed and peak memory, on a clip or on synthetic frames; and the
+paper's workload by a model of random weights, which are as fast as others."""
 
 from __future__ import annotations
 
@@ -7,18 +8,30 @@ import resource
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
-from dataclasses import asdict
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
-from duovsr.engine.plan import Plan
-from duovsr.engine.upscaler import StageTimes, Upscaler
-from duovsr.options import UpscaleOptions
+from duovsr.engine.files import StageTimes
+from duovsr.engine.memory import synchronize
+from duovsr.engine.plan import TEMPORAL_FACTOR, Plan
+from duovsr.engine.upscaler import Upscaler, choose_device, choose_dtype, with_window
+from duovsr.errors import UsageError
+from duovsr.model.layers import channels_last
+from duovsr.model.one_step import OneStepModel, new_autoencoder
+from duovsr.model.prompt import Prompt
+from duovsr.model.tiny_vae import VAEState
+from duovsr.model.transformer import Transformer, TransformerState
+from duovsr.options import PRESETS, Preset, UpscaleOptions
 
 _SYNTHETIC_SIZE = (320, 180)
 _SYNTHETIC_FRAMES = 33
@@ -47,6 +60,123 @@ def run_bench(
         "machine": describe_machine(upscaler.model.device),
         "dtype": str(upscaler.model.dtype).removeprefix("torch."),
     }
+
+
+@dataclass(frozen=True)
+class WatchedModel(OneStepModel):
+    """A model each of whose phases runs in the context `watch(phase)`."""
+
+    watch: Callable[[str], AbstractContextManager[None]]
+
+    def encode(self, lq: Tensor, state: VAEState | None = None) -> tuple[Tensor, VAEState]:
+        with self.watch("encode"):
+            return super().encode(lq, state)
+
+    def generate(
+        self, z_lq: Tensor, seed: int, place: tuple[int, int, int], state: TransformerState | None = None
+    ) -> tuple[Tensor, TransformerState | None]:
+        with self.watch("transformer"):
+            return super().generate(z_lq, seed, place, state)
+
+    def decode(self, latents: Tensor | None, lq: Tensor, state: VAEState | None = None) -> tuple[Tensor, VAEState]:
+        with self.watch("decode"):
+            return super().decode(latents, lq, state)
+
+
+def run_workload(
+    model: str, size: tuple[int, int], frames: int, *, device: str, dtype: str, window: int | None, repeat: int
+) -> dict[str, Any]:
+    """One clip of `frames` frames, restored to `size` (width, height) in one call by a model of random weights.
+
+    Medians over `repeat` runs after one warm-up. `tflop` is counted from the code, by phase. Raises UsageError for an
+    unknown preset and for a number of frames that is not 4k + 1.
+    """
+    if model not in PRESETS:
+        raise UsageError(f"unknown preset: `{model}`", hint=f"random weights are made for {', '.join(PRESETS)}")
+    if frames % TEMPORAL_FACTOR != 1:
+        raise UsageError(f"unsupported number of frames: `{frames}`", hint="use 4k + 1 frames: 5, 9, ... 21")
+    chosen = choose_device(device)
+    random = random_model(PRESETS[model], chosen, choose_dtype(dtype, chosen))
+    if window is not None:
+        random = with_window(random, window)
+    seconds: dict[str, float] = defaultdict(float)
+    upscaler = Upscaler(WatchedModel(**vars(random), watch=_clock(seconds, chosen)))
+    options = UpscaleOptions(
+        size=size, chunk=max(frames - 1, TEMPORAL_FACTOR), overlap=None if random.preset.transformer.streams else 0
+    )
+    width, height = (-(-side // 4) for side in size)
+    plan = upscaler.plan(width, height, options)
+    runs: list[dict[str, float]] = []
+    notices: list[str] = []
+    for _ in range(repeat + 1):
+        seconds.clear()
+        stages, began = StageTimes(), time.perf_counter()
+        for _ in upscaler.restore(_moving_noise(width, height, frames), plan, options, stages, notices):
+            pass
+        total = time.perf_counter() - began
+        runs.append({**seconds, "color": stages.color, "copies": stages.copies, "total": total})
+    medians = {stage: statistics.median(run[stage] for run in runs[1:]) for stage in runs[0]}
+    tflop = {phase: flops / 1e12 for phase, flops in count_flops(random, plan, options, frames).items()}
+    return {
+        "workload": f"{model}, random weights, {frames} frames of {size[0]}x{size[1]}",
+        "plan": plan.to_json(),
+        "seconds": medians,
+        "seconds_spread": [min(run["total"] for run in runs[1:]), max(run["total"] for run in runs[1:])],
+        "tflop": tflop,
+        "tflop_per_second": {phase: tflop[phase] / medians[phase] for phase in tflop},
+        "notices": notices,
+        "planned_gib": plan.memory_bytes / 2**30,
+        "peak_rss_gib": peak_rss() / 2**30,
+        "peak_device_gib": _peak_device_memory(chosen),
+        "machine": describe_machine(chosen),
+        "dtype": plan.dtype,
+    }
+
+
+def random_model(preset: Preset, device: torch.device, dtype: torch.dtype) -> OneStepModel:
+    """A model of random weights that keep the size of signals."""
+    with torch.device("meta"):
+        parts = Transformer(preset.transformer), new_autoencoder(preset.vae), Prompt(preset.transformer)
+    for part in parts:
+        part.to(dtype).to_empty(device=device).requires_grad_(False).eval()
+        for name, tensor in part.state_dict().items():
+            if tensor.dim() > 1 and tensor[0].numel() > 1:
+                tensor.normal_(std=tensor[0].numel() ** -0.5)
+            else:
+                tensor.fill_(0 if name.endswith("bias") else 1)
+    transformer, vae, prompt = parts
+    return OneStepModel(preset, transformer, channels_last(vae), prompt.tokens(1))
+
+
+def count_flops(model: OneStepModel, plan: Plan, options: UpscaleOptions, frames: int) -> dict[str, int]:
+    """By phase, of a scene's first call, on the meta device: 2 a multiplication and addition."""
+    counted: dict[str, int] = defaultdict(int)
+
+    @contextmanager
+    def watch(phase: str) -> Iterator[None]:
+        with FlopCounterMode(display=False) as flops:
+            yield
+        counted[phase] += flops.get_total_flops()
+
+    meta = random_model(model.preset, torch.device("meta"), model.dtype)
+    lq = torch.empty(1, 3, frames, plan.target_size[1], plan.target_size[0], device="meta")
+    states = (None,) * len(plan.tiles)
+    Upscaler(WatchedModel(**vars(meta), watch=watch)).restore_lq(lq, 0, states, plan, options)
+    return dict(counted)
+
+
+def _clock(seconds: dict[str, float], device: torch.device) -> Callable[[str], AbstractContextManager[None]]:
+    """Adds what each phase takes to `seconds`."""
+
+    @contextmanager
+    def watch(phase: str) -> Iterator[None]:
+        synchronize(device)
+        began = time.perf_counter()
+        yield
+        synchronize(device)
+        seconds[phase] += time.perf_counter() - began
+
+    return watch
 
 
 def peak_rss() -> int:

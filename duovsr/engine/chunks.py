@@ -39,24 +39,28 @@ class Chunk:
         return first, Chunk(self.frames[head:], self.start + head, False, self.warm_up - first.warm_up)
 
 
-def cut_into_chunks(frames: Iterable[np.ndarray], length: int, overlap: int | None) -> Iterator[Chunk]:
+def cut_into_chunks(
+    frames: Iterable[np.ndarray], length: int, overlap: int | None, *, scene_cuts: bool = True
+) -> Iterator[Chunk]:
     """Chunks of `length` frames (a multiple of 4; the first of a scene has one more).
 
     With `overlap` None each chunk takes over the state of the one before. With a number, chunks are independent: each
-    starts fresh, `overlap` frames early (a multiple of 4), at a multiple of 4 frames since the scene's start.
+    starts fresh, `overlap` frames early (a multiple of 4), at a multiple of 4 frames since the scene's start; the first
+    shows as many frames more, so that all calls but the last are equally long. Without `scene_cuts` all frames are one
+    scene.
     """
     detector = CutDetector()
     pending: list[np.ndarray] = []
     history: deque[np.ndarray] = deque(maxlen=(overlap or 0) + 1)
     in_scene = 0  # frames of this scene that were handed out
     for frame in frames:
-        if detector.is_cut(frame):
+        if scene_cuts and detector.is_cut(frame):
             if pending:
                 yield _chunk(pending, history, in_scene, overlap)
             pending, in_scene = [], 0
             history.clear()
         pending.append(frame)
-        if len(pending) == length + (1 if in_scene == 0 else 0):
+        if len(pending) == length + (1 + (overlap or 0) if in_scene == 0 else 0):
             yield _chunk(pending, history, in_scene, overlap)
             history.extend(pending)
             in_scene += len(pending)

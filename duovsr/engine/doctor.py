@@ -11,7 +11,7 @@ import torch
 
 from duovsr.engine.upscaler import choose_device, choose_dtype
 from duovsr.errors import DuovsrError
-from duovsr.weights import check_files, shipped_models
+from duovsr.repository import shipped_models
 
 _PACKAGES = ("duovsr", "torch", "numpy", "av", "typer", "rich", "safetensors", "huggingface-hub", "triton", "xformers")
 _OPTIONAL = ("triton", "xformers")
@@ -60,7 +60,7 @@ def _version(package: str) -> str:
 
 def _models(problems: list[str]) -> dict[str, Any]:
     try:
-        statuses = {name: check_files(name) for name in shipped_models()}
+        statuses = {model.name: model.check() for model in shipped_models()}
     except DuovsrError as error:
         problems.append(str(error))
         return {}

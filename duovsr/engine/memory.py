@@ -5,9 +5,13 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 
 import torch
+from torch import nn
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
@@ -60,6 +64,40 @@ def release_memory(device: torch.device) -> None:
         torch.mps.empty_cache()
     elif (libc := _glibc()) is not None:
         libc.malloc_trim(0)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for what a GPU was given to do, so that a clock may be read."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def weight_bytes(module: nn.Module) -> int:
+    return sum(tensor.nbytes for tensor in chain(module.parameters(), module.buffers()))
+
+
+def to_host(module: nn.Module) -> None:
+    """Move the weights to host memory: page-locked, where the GPU fetches them at the full speed of the bus."""
+    for tensor in chain(module.parameters(), module.buffers()):
+        if tensor.is_cuda:
+            tensor.data = tensor.data.cpu().pin_memory()
+
+
+@contextmanager
+def lent(module: nn.Module, device: torch.device) -> Iterator[None]:
+    """The weights are on `device` in this context, and afterwards where they were: nothing is copied back."""
+    tensors = list(chain(module.parameters(), module.buffers()))
+    homes = [tensor.data for tensor in tensors]
+    try:
+        with torch.inference_mode(False):  # weights that inference mode makes could not be put in place
+            for tensor in tensors:
+                tensor.data = tensor.data.to(device, non_blocking=True)
+        yield
+    finally:
+        for tensor, home in zip(tensors, homes, strict=True):
+            tensor.data = home
 
 
 def _glibc() -> ctypes.CDLL | None:

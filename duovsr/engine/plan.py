@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from duovsr.errors import UsageError
-from duovsr.options import UpscaleOptions
+from duovsr.options import Preset, UpscaleOptions, WanVAEConfig
 
 TEMPORAL_FACTOR = 4  # frames a latent
 PAD_MULTIPLE = 16  # pixels a token: 8 by the autoencoder, 2 by the patch
@@ -14,6 +15,16 @@ TILE_ALIGN = 256  # twice a window of 8 tokens: a tile then sees the windows tha
 TILE_OVERLAP = 256
 MIN_TILE = 2 * TILE_OVERLAP
 DEFAULT_CHUNK = {"cpu": 4, "cuda": 16, "mps": 8}  # a CPU is faster on what its caches hold
+
+# A model that does not stream restores clips of 21 frames, on which the paper times its own: 16 new ones, and 5 whose
+# results are dropped: one latent's 4 frames of warm-up, and the frame that the autoencoder's start holds alone.
+CLIP_CHUNKS, CLIP_OVERLAP = (16, 8), 4
+
+# Wan2.1's autoencoder works in tiles of its own, on which the transformer does not depend.
+VAE_TILES = (1536, 1024, 768, 512, 384, 256)  # output pixels a side
+VAE_TILE_OVERLAP = 128
+VAE_LATENTS = 2  # a call, or 1 where memory is short
+MOST_ELEMENTS = 2**31 - 1  # of a tensor: convolutions index with 32 bits
 
 # Upper bounds of what `benchmarks/memory.py` measured on a CPU (results/memory_cpu.json); elsewhere unmeasured.
 # What the process holds at all; per pixel of the whole frame (the video's reader and writer), per such pixel and frame
@@ -24,6 +35,13 @@ BYTES_PER_PIXEL = 420
 BYTES_PER_PIXEL_AND_FRAME = 24
 MODEL_BYTES = {2: 110, 4: 130}
 
+# Upper bounds of what tests/test_engine_plan.py counts on the meta device. Of Wan2.1's autoencoder in elements of the
+# dtype per pixel of a tile, as multiples of its narrowest width: what it remembers between calls, before and after
+# one, and what a latent takes. Of a clip, in bytes per pixel and frame: the LQ, padded, and the result.
+WAN_ENCODE = (25, 17)
+WAN_DECODE = (50, 17)
+CLIP_BYTES = 40
+
 
 @dataclass(frozen=True)
 class Tile:
@@ -33,6 +51,18 @@ class Tile:
     y: int
     width: int
     height: int
+
+    def reduced(self, factor: int) -> Tile:
+        """The same part of a picture with 1 / `factor` of the sides."""
+        return Tile(self.x // factor, self.y // factor, self.width // factor, self.height // factor)
+
+
+@dataclass(frozen=True)
+class WeightBytes:
+    """What a model's two large parts hold."""
+
+    transformer: int
+    vae: int
 
 
 @dataclass(frozen=True)
@@ -48,68 +78,171 @@ class Plan:
     device: str
     dtype: str
     memory_bytes: int  # estimated peak
+    vae_tile: int = 0  # output pixels a side of the autoencoder's own tiles; 0: those of the model
+    vae_latents: int = 0  # of a call of the autoencoder; 0: all of the chunk
+    offload: bool = False  # the transformer and the autoencoder take turns on the device
+
+    @property
+    def pieces(self) -> str:
+        """How the autoencoder of a model that does not stream works, in words."""
+        calls = f"{self.vae_latents} latents a call" if self.vae_latents else "whole clips"
+        tiles = f"tiles of {self.vae_tile} pixels" if self.vae_tile else "whole frames"
+        return f"{calls}, {tiles}" + (", in turns with the transformer" if self.offload else "")
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
+    @classmethod
+    def from_json(cls, record: dict[str, Any]) -> Plan:
+        """The plan that `to_json` wrote, through JSON."""
+        sizes = {name: tuple(record[name]) for name in ("source_size", "target_size", "padded_size")}
+        return cls(**{**record, **sizes, "tiles": tuple(Tile(**tile) for tile in record["tiles"])})
+
 
 def plan_clip(
-    width: int, height: int, options: UpscaleOptions, *, device: str, dtype: str, dtype_bytes: int, free_bytes: int
+    width: int,
+    height: int,
+    options: UpscaleOptions,
+    preset: Preset,
+    *,
+    device: str,
+    dtype: str,
+    dtype_bytes: int,
+    free_bytes: int,
+    weights: WeightBytes,
 ) -> Plan:
-    """Plan a clip of `width` x `height` frames for a device with `free_bytes` to spend.
+    """Plan a clip of `width` x `height` frames for a device with `free_bytes` to spend, the weights' own included.
 
-    Raises UsageError where `options` ask for the impossible.
+    Of the ways to work, the best and fastest that fits, or the smallest. Raises UsageError where `options` ask for the
+    impossible.
     """
     target = options.target_size(width, height)
-    padded = (_round_up(target[0], PAD_MULTIPLE), _round_up(target[1], PAD_MULTIPLE))
-    chunk = max(TEMPORAL_FACTOR, (options.chunk or DEFAULT_CHUNK[device]) // TEMPORAL_FACTOR * TEMPORAL_FACTOR)
-    overlap = None if options.overlap is None else _round_up(options.overlap, TEMPORAL_FACTOR)
-
-    def memory(tile: int, frames: int) -> int:
-        frame_pixels = padded[0] * padded[1]
-        tile_pixels = min(tile or padded[0], padded[0]) * min(tile or padded[1], padded[1])
-        whole = frame_pixels * (BYTES_PER_PIXEL + BYTES_PER_PIXEL_AND_FRAME * frames)
-        return BASE_BYTES + whole + tile_pixels * (frames + 1) * MODEL_BYTES[dtype_bytes]
-
-    tile = options.tile
-    if tile is None:  # auto: whole frames if they fit, shorter chunks before smaller tiles (tiles cost overlap)
-        tile = 0
-        if options.chunk is None and memory(0, chunk) > free_bytes:
-            chunk = TEMPORAL_FACTOR
-        if memory(0, chunk) > free_bytes:
-            sides = range(_round_up(max(padded), TILE_ALIGN), MIN_TILE - 1, -TILE_ALIGN)
-            tile = next((side for side in sides if memory(side, chunk) <= free_bytes), MIN_TILE)
-    elif tile != 0 and tile < MIN_TILE:
-        raise UsageError(f"unsupported tile: `{tile}`", hint=f"use `auto`, `off` or {MIN_TILE} pixels and more")
-    else:
-        tile = tile // TILE_ALIGN * TILE_ALIGN
-    return Plan(
+    if options.tile is not None and 0 < options.tile < MIN_TILE:
+        raise UsageError(f"unsupported tile: `{options.tile}`", hint=f"use `auto`, `off` or {MIN_TILE} pixels and more")
+    streams = preset.transformer.streams
+    overlap = CLIP_OVERLAP if options.overlap is None and not streams else options.overlap
+    plan = Plan(
         source_size=(width, height),
         target_size=target,
-        padded_size=padded,
-        chunk=chunk,
-        overlap=overlap,
-        tiles=plan_tiles(*padded, tile),
+        padded_size=(_round_up(target[0], PAD_MULTIPLE), _round_up(target[1], PAD_MULTIPLE)),
+        chunk=TEMPORAL_FACTOR,
+        overlap=None if overlap is None else _round_up(overlap, TEMPORAL_FACTOR),
+        tiles=(),
         device=device,
         dtype=dtype,
-        memory_bytes=memory(tile, chunk),
+        memory_bytes=0,
     )
+    for way in _stream_ways(plan, options) if streams else _clip_ways(plan, options, preset):
+        plan = replace(way, memory_bytes=planned_bytes(way, preset, dtype_bytes, weights))
+        if plan.memory_bytes <= free_bytes:
+            break
+    return plan
 
 
-def plan_tiles(width: int, height: int, side: int) -> tuple[Tile, ...]:
-    """Tiles of `side` (a multiple of TILE_ALIGN; 0: the whole frame) with TILE_OVERLAP pixels in common."""
-    columns, rows = _tile_spans(width, side), _tile_spans(height, side)
+def _stream_ways(plan: Plan, options: UpscaleOptions) -> Iterator[Plan]:
+    """Whole frames, then shorter chunks before smaller tiles (tiles cost overlap)."""
+    *longer, shortest = _chunks(options, (DEFAULT_CHUNK[plan.device], TEMPORAL_FACTOR))
+    whole, *smaller = _tile_sides(plan, options)
+    for chunk, side in [*((chunk, whole) for chunk in longer), *((shortest, side) for side in (whole, *smaller))]:
+        yield replace(plan, chunk=chunk, tiles=plan_tiles(*plan.padded_size, side))
+
+
+def _clip_ways(plan: Plan, options: UpscaleOptions, preset: Preset) -> Iterator[Plan]:
+    """Smaller pieces for the autoencoder, then shorter clips, then smaller tiles for the transformer, too."""
+    plan = replace(plan, vae_latents=VAE_LATENTS if isinstance(preset.vae, WanVAEConfig) else 0)
+    for side in _tile_sides(plan, options):
+        for chunk in _chunks(options, CLIP_CHUNKS):
+            way: Plan | None = replace(plan, chunk=chunk, tiles=plan_tiles(*plan.padded_size, side))
+            while way is not None:
+                if _largest_tensor(way, preset) <= MOST_ELEMENTS:
+                    yield way
+                way = with_smaller_pieces(way)
+
+
+def with_smaller_pieces(plan: Plan) -> Plan | None:
+    """The same clips and tiles for the transformer, with less memory; None where nothing less is left."""
+    if plan.vae_latents > 1:
+        return replace(plan, vae_latents=1)
+    if plan.device == "cuda" and not plan.offload:
+        return replace(plan, offload=True)
+    side = max(plan.tiles[0].width, plan.tiles[0].height)
+    smaller = [tile for tile in VAE_TILES if tile < min(plan.vae_tile or side, side)]
+    return replace(plan, vae_tile=smaller[0]) if plan.vae_latents and smaller else None
+
+
+def step_down(plan: Plan) -> Plan | None:
+    """What to do where clips of the plan's length did not fit after all; None where nothing is left to do."""
+    side = max(plan.tiles[0].width, plan.tiles[0].height)
+    smaller = max(MIN_TILE, (side - 1) // 2 // TILE_ALIGN * TILE_ALIGN)
+    tiles = replace(plan, tiles=plan_tiles(*plan.padded_size, smaller)) if smaller < side else None
+    return with_smaller_pieces(plan) or tiles
+
+
+def planned_bytes(plan: Plan, preset: Preset, dtype_bytes: int, weights: WeightBytes) -> int:
+    """The peak that the plan leads to."""
+    frame = plan.padded_size[0] * plan.padded_size[1]
+    tile = plan.tiles[0].width * plan.tiles[0].height
+    if preset.transformer.streams:
+        whole = frame * (BYTES_PER_PIXEL + BYTES_PER_PIXEL_AND_FRAME * plan.chunk)
+        return BASE_BYTES + whole + tile * (plan.chunk + 1) * MODEL_BYTES[dtype_bytes]
+    frames = plan.chunk + (plan.overlap or 0) + 1
+    latents = (frames - 1) // TEMPORAL_FACTOR + 1
+    tokens = tile // PAD_MULTIPLE**2 * latents
+    config = preset.transformer
+    transformer = tokens * (2 * config.ffn_dim + 5 * config.dim) * dtype_bytes
+    if isinstance(preset.vae, WanVAEConfig):
+        a_pixel = max(state + latent * plan.vae_latents for state, latent in (WAN_ENCODE, WAN_DECODE))
+        vae = _vae_pixels(plan) * preset.vae.dim * a_pixel * dtype_bytes
+    else:
+        vae = tile * frames * MODEL_BYTES[dtype_bytes]
+    host = frame * BYTES_PER_PIXEL if plan.device == "cpu" else 0
+    around = BASE_BYTES + host + frame * frames * CLIP_BYTES
+    if plan.offload:
+        return around + max(weights.transformer + transformer, weights.vae + vae)
+    return around + weights.transformer + weights.vae + max(transformer, vae)
+
+
+def _vae_pixels(plan: Plan) -> int:
+    sides = plan.tiles[0].width, plan.tiles[0].height
+    width, height = (min(plan.vae_tile or side, side) for side in sides)
+    return width * height
+
+
+def _largest_tensor(plan: Plan, preset: Preset) -> int:
+    """Elements: at full size, the frames of a call and the two before them."""
+    if not isinstance(preset.vae, WanVAEConfig):
+        return 0
+    return _vae_pixels(plan) * preset.vae.dim * (TEMPORAL_FACTOR * plan.vae_latents + 2)
+
+
+def _chunks(options: UpscaleOptions, usual: tuple[int, ...]) -> tuple[int, ...]:
+    """Lengths to try: that which is asked for, or the usual ones."""
+    if options.chunk is None:
+        return usual
+    return (max(TEMPORAL_FACTOR, options.chunk // TEMPORAL_FACTOR * TEMPORAL_FACTOR),)
+
+
+def _tile_sides(plan: Plan, options: UpscaleOptions) -> list[int]:
+    """Sides of tiles to try, from the whole frame (0) down; only that which is asked for."""
+    if options.tile is not None:
+        return [options.tile // TILE_ALIGN * TILE_ALIGN]
+    return [0, *range(_round_up(max(plan.padded_size), TILE_ALIGN) - TILE_ALIGN, MIN_TILE - 1, -TILE_ALIGN)]
+
+
+def plan_tiles(width: int, height: int, side: int, overlap: int = TILE_OVERLAP) -> tuple[Tile, ...]:
+    """Tiles of `side` (a multiple of `overlap`; 0: the whole frame) with `overlap` pixels in common."""
+    columns, rows = _tile_spans(width, side, overlap), _tile_spans(height, side, overlap)
     return tuple(Tile(x, y, w, h) for y, h in rows for x, w in columns)
 
 
-def _tile_spans(length: int, side: int) -> list[tuple[int, int]]:
-    """(start, length) of tiles along an axis: starts are multiples of TILE_ALIGN, the last ends with the frame."""
+def _tile_spans(length: int, side: int, overlap: int) -> list[tuple[int, int]]:
+    """(start, length) of tiles along an axis: starts are multiples of `overlap`, the last ends with the frame."""
     if side == 0 or length <= side:
         return [(0, length)]
     spans, start = [], 0
     while start + side < length:
         spans.append((start, side))
-        start += side - TILE_OVERLAP
+        start += side - overlap
     return [*spans, (start, length - start)]
 
 

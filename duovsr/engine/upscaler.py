@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import TypeVar
@@ -15,45 +13,29 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from duovsr.engine import files
 from duovsr.engine.blend import blend_tiles
 from duovsr.engine.chunks import Chunk, cut_into_chunks
 from duovsr.engine.color import transfer_color
-from duovsr.engine.memory import free_memory, is_out_of_memory, keep_freed_memory, release_memory
-from duovsr.engine.pipeline import BackgroundSink, prefetch
-from duovsr.engine.plan import TEMPORAL_FACTOR, Plan, plan_clip
+from duovsr.engine.files import StageTimes, UpscaleReport
+from duovsr.engine.jobs import States
+from duovsr.engine.memory import (
+    free_memory,
+    is_out_of_memory,
+    keep_freed_memory,
+    release_memory,
+    synchronize,
+    weight_bytes,
+)
+from duovsr.engine.phases import restore_clip
+from duovsr.engine.plan import PAD_MULTIPLE, TEMPORAL_FACTOR, TILE_OVERLAP, Plan, WeightBytes, plan_clip, step_down
 from duovsr.errors import InputError, OutOfMemoryError, UsageError
 from duovsr.model.one_step import OneStepModel, RestoreState
 from duovsr.model.resize import resize_frames
 from duovsr.options import Progress, UpscaleOptions
-from duovsr.video.info import VideoInfo, probe
-from duovsr.video.output import atomic_output, check_space, check_target, container_format, verify_output
-from duovsr.video.reader import Frame, VideoReader
-from duovsr.video.writer import VideoWriter
 from duovsr.weights import load_model
 
 FrameArray = TypeVar("FrameArray", np.ndarray, Tensor)
-States = tuple[RestoreState | None, ...]  # one a tile
-
-
-@dataclass
-class StageTimes:
-    """Seconds spent by the model's thread; `decode` and `encode` are what it waited for the threads beside it."""
-
-    decode: float = 0.0
-    model: float = 0.0
-    color: float = 0.0
-    encode: float = 0.0
-
-
-@dataclass(frozen=True)
-class UpscaleReport:
-    """What was done to one file."""
-
-    frames: int
-    seconds: float
-    plan: Plan
-    notices: tuple[str, ...]
-    stages: StageTimes
 
 
 class Upscaler:
@@ -63,26 +45,33 @@ class Upscaler:
         self.model = model
 
     @classmethod
-    def from_preset(cls, name: str = "tiny", *, device: str = "auto", dtype: str = "auto") -> Upscaler:
-        """Load a shipped model. On Linux CPUs this also tells glibc, for the whole process, to keep freed memory.
+    def from_preset(
+        cls, name: str = "tiny", *, device: str = "auto", dtype: str = "auto", window: int | None = None
+    ) -> Upscaler:
+        """Load a model. On Linux CPUs this also tells glibc, for the whole process, to keep freed memory.
 
-        `device`: auto, cpu, cuda or mps; `dtype`: auto, float32, bfloat16 or float16. Raises UsageError for what this
-        machine does not have, InputError for missing or altered model files.
+        `device`: auto, cpu, cuda or mps; `dtype`: auto, float32, bfloat16 or float16; `window`: see `with_window`.
+        Raises UsageError for what this machine does not have, InputError for missing or altered model files.
         """
         chosen = choose_device(device)
         keep_freed_memory(chosen)
-        return cls(load_model(name, chosen, choose_dtype(dtype, chosen)))
+        model = load_model(name, chosen, choose_dtype(dtype, chosen))
+        return cls(model if window is None else with_window(model, window))
 
     def plan(self, width: int, height: int, options: UpscaleOptions) -> Plan:
         """The plan for a clip of `width` x `height` frames."""
+        model = self.model
+        weights = WeightBytes(weight_bytes(model.transformer), weight_bytes(model.vae))
         return plan_clip(
             width,
             height,
             options,
-            device=self.model.device.type,
-            dtype=str(self.model.dtype).removeprefix("torch."),
-            dtype_bytes=self.model.dtype.itemsize,
-            free_bytes=free_memory(self.model.device),
+            model.preset,
+            device=model.device.type,
+            dtype=str(model.dtype).removeprefix("torch."),
+            dtype_bytes=model.dtype.itemsize,
+            free_bytes=free_memory(model.device) + weights.transformer + weights.vae,
+            weights=weights,
         )
 
     def stream(self, frames: Iterable[FrameArray], options: UpscaleOptions | None = None) -> Iterator[FrameArray]:
@@ -107,86 +96,87 @@ class Upscaler:
         destination: Path | str,
         options: UpscaleOptions | None = None,
         on_progress: Callable[[Progress], None] | None = None,
+        should_stop: Callable[[], bool] = lambda: False,
     ) -> UpscaleReport:
-        """Upscale a video file; `destination` appears whole and verified, or not at all.
+        """Upscale a video, an image or a numbered sequence of images; `-` is standard input or output.
 
-        Every frame keeps its pts; audio and other streams are copied. Raises UsageError, InputError, NoSpaceError or
-        OutOfMemoryError (duovsr.errors); interrupting leaves nothing behind.
+        `destination` appears whole and verified, or not at all. Every frame keeps its pts; audio and other streams are
+        copied. What is done is kept in `DESTINATION.duovsr/` until then: after a crash the same call goes on. When
+        `should_stop` says so, the piece at work is finished, and `Interrupted` raised. Raises UsageError, InputError,
+        NoSpaceError or OutOfMemoryError (duovsr.errors).
         """
-        source, destination, options = Path(source), Path(destination), options or UpscaleOptions()
-        info = probe(source)
-        check_target(source, destination, options.overwrite)
-        plan = self.plan(info.width, info.height, options)
-        check_space(destination, _estimate_bytes(info, plan))
-        notices: list[str] = []
-        began, stages = time.monotonic(), StageTimes()
-        with atomic_output(destination, options.overwrite) as partial:
-            with (
-                VideoReader(source) as reader,
-                prefetch(reader, depth=2 * plan.chunk) as decoded,
-                VideoWriter(
-                    partial,
-                    info,
-                    *plan.target_size,
-                    codec=options.codec,
-                    crf=options.crf,
-                    pix_fmt=options.pix_fmt,
-                    format_name=container_format(destination),
-                ) as writer,
-                BackgroundSink(writer.write, depth=2 * plan.chunk) as sink,
-            ):
-                times: deque[Frame] = deque()  # of frames inside the model, without their pixels
+        return files.upscale_file(
+            self, Path(source), Path(destination), options or UpscaleOptions(), on_progress, should_stop
+        )
 
-                def pixels() -> Iterator[np.ndarray]:
-                    for frame in decoded:
-                        times.append(replace(frame, pixels=_NO_PIXELS))
-                        yield frame.pixels
-
-                pts: list[int] = []
-                for output in self.restore(pixels(), plan, options, stages, notices):
-                    frame = times.popleft()
-                    pts.append(frame.pts)
-                    waited = time.perf_counter()
-                    sink.put(replace(frame, pixels=output))
-                    stages.encode += time.perf_counter() - waited
-                    if on_progress is not None:
-                        on_progress(Progress(len(pts), info.num_frames))
-                if not pts:
-                    raise InputError(f"no video frame can be decoded: `{source}`")
-            verify_output(partial, pts, info.time_base)
-        notices = [*reader.notices, *writer.notices, *notices]
-        return UpscaleReport(len(pts), time.monotonic() - began, plan, tuple(notices), stages)
-
-    def restore(
-        self, frames: Iterable[np.ndarray], plan: Plan, options: UpscaleOptions, stages: StageTimes, notices: list[str]
-    ) -> Iterator[np.ndarray]:
-        """(H, W, 3) arrays in, (target height, target width, 3) arrays of the same type out, as `plan` says.
-
-        Adds to `stages` what it spends, and to `notices` every step down. Raises OutOfMemoryError after the last.
-        """
-        states: States = (None,) * len(plan.tiles)
-        chunks = iter(cut_into_chunks(frames, plan.chunk, plan.overlap))
+    def chunks(
+        self, frames: Iterable[np.ndarray], plan: Plan, options: UpscaleOptions, stages: StageTimes
+    ) -> Iterator[Chunk]:
+        """`frames` in the chunks of `plan`; adds to `stages` what waiting for them took."""
+        chunks = cut_into_chunks(frames, plan.chunk, plan.overlap, scene_cuts=options.scene_cuts)
         while True:
             before = time.perf_counter()
             chunk = next(chunks, None)
             stages.decode += time.perf_counter() - before
             if chunk is None:
                 return
-            if chunk.fresh:
-                states = (None,) * len(plan.tiles)
-            outputs, states = self._step_down(chunk, states, plan, options, stages, notices)
-            yield from outputs[chunk.warm_up : len(chunk.frames)]
+            yield chunk
+
+    def restore_chunk(
+        self,
+        chunk: Chunk,
+        states: States | None,
+        plan: Plan,
+        options: UpscaleOptions,
+        stages: StageTimes,
+        notices: list[str],
+    ) -> tuple[list[np.ndarray], States]:
+        """(target height, target width, 3) arrays of the chunk's type, and the states for the next chunk.
+
+        Adds to `stages` what it spends, and to `notices` every step down. Raises OutOfMemoryError after the last.
+        """
+        if states is None or chunk.fresh:
+            states = (None,) * len(plan.tiles)
+        outputs, states = self._step_down(chunk, states, plan, options, stages, notices)
+        return outputs[chunk.warm_up : len(chunk.frames)], states
+
+    def restore(
+        self, frames: Iterable[np.ndarray], plan: Plan, options: UpscaleOptions, stages: StageTimes, notices: list[str]
+    ) -> Iterator[np.ndarray]:
+        """(H, W, 3) arrays in, (target height, target width, 3) arrays of the same type out, as `plan` says."""
+        states: States | None = None
+        for chunk in self.chunks(frames, plan, options, stages):
+            outputs, states = self.restore_chunk(chunk, states, plan, options, stages, notices)
+            yield from outputs
 
     def _step_down(
         self, chunk: Chunk, states: States, plan: Plan, options: UpscaleOptions, stages: StageTimes, notices: list[str]
     ) -> tuple[list[np.ndarray], States]:
-        """Restore a chunk; where memory runs out, in two halves (each half hands its state to the next)."""
+        """Restore a chunk; where memory runs out, with less of it."""
         try:
             return self._restore_chunk(chunk, states, plan, options, stages)
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
         release_memory(self.model.device)
+        if self.model.preset.transformer.streams:
+            return self._in_halves(chunk, states, plan, options, stages, notices)
+        smaller = step_down(plan)
+        if smaller is None:
+            raise OutOfMemoryError(
+                f"out of {plan.device} memory with a chunk of {chunk.padded_length} frames",
+                hint="use a smaller `--chunk` or `--size`, or `--device cpu`",
+            )
+        tiles = "" if len(smaller.tiles) == 1 else f", {len(smaller.tiles)} tiles of all"
+        notice = f"memory ran out: the autoencoder went on with {smaller.pieces}{tiles}"
+        if notice not in notices:
+            notices.append(notice)
+        return self._step_down(chunk, (None,) * len(smaller.tiles), smaller, options, stages, notices)
+
+    def _in_halves(
+        self, chunk: Chunk, states: States, plan: Plan, options: UpscaleOptions, stages: StageTimes, notices: list[str]
+    ) -> tuple[list[np.ndarray], States]:
+        """Each half hands its state to the next."""
         head = (chunk.padded_length // 2 - chunk.fresh) // TEMPORAL_FACTOR * TEMPORAL_FACTOR + chunk.fresh
         if not 0 < head < chunk.padded_length:
             raise OutOfMemoryError(
@@ -205,37 +195,69 @@ class Upscaler:
     def _restore_chunk(
         self, chunk: Chunk, states: States, plan: Plan, options: UpscaleOptions, stages: StageTimes
     ) -> tuple[list[np.ndarray], States]:
-        began = time.perf_counter()
-        width, height = plan.target_size
-        padded_width, padded_height = plan.padded_size
-        lq = resize_frames(_to_tensor(chunk.padded_frames(), self.model.device), height, width)
-        padding = (0, padded_width - width, 0, padded_height - height, 0, 0)
+        device, (width, height) = self.model.device, plan.target_size
+        times = [time.perf_counter()]
+
+        def measured() -> float:
+            synchronize(device)
+            times.append(time.perf_counter())
+            return times[-1] - times[-2]
+
+        lq = resize_frames(_to_tensor(chunk.padded_frames(), device), height, width)
+        stages.copies += measured()
+        hq, next_states = self.restore_lq(lq, chunk.start, states, plan, options)
+        stages.model += measured()
+        outputs = []
+        for part, lq_part in zip(hq.split(TEMPORAL_FACTOR, 2), lq.split(TEMPORAL_FACTOR, 2), strict=True):
+            colored = transfer_color(part, lq_part, options.color)  # of a few frames at once, which bounds its memory
+            stages.color += measured()
+            outputs += _to_arrays(colored, chunk.frames[0].dtype)
+            stages.copies += measured()
+        return outputs, next_states
+
+    def restore_lq(
+        self, lq: Tensor, start: int, states: States, plan: Plan, options: UpscaleOptions
+    ) -> tuple[Tensor, States]:
+        """HQ frames, not clamped, of LQ frames (1, 3, T, H, W) at the target size; and the tiles' next states.
+
+        `start`: how many frames after the scene's the first one is.
+        """
+        model, (height, width) = self.model, lq.shape[3:]
+        padding = (0, plan.padded_size[0] - width, 0, plan.padded_size[1] - height, 0, 0)
         padded = F.pad(lq, padding, mode="replicate") if any(padding) else lq
-        strength = self.model.preset.default_strength if options.strength is None else options.strength
-        parts, next_states = [], []
-        for tile, state in zip(plan.tiles, states, strict=True):
-            region = padded[..., tile.y : tile.y + tile.height, tile.x : tile.x + tile.width]
-            part, state = self.model.restore(
-                region,
-                state,
-                seed=options.seed,
-                strength=strength,
-                origin=(chunk.start // TEMPORAL_FACTOR, tile.y, tile.x),
-            )
-            parts.append(part)
-            next_states.append(state)
-        hq = blend_tiles(parts, plan.tiles, padded_width, padded_height)[..., :height, :width]
-        colored = time.perf_counter()
-        hq = transfer_color(hq, lq, options.color)
-        outputs = _to_arrays(hq, chunk.frames[0].dtype)
-        stages.model += colored - began
-        stages.color += time.perf_counter() - colored
-        return outputs, tuple(next_states)
+        strength = model.preset.default_strength if options.strength is None else options.strength
+        next_states: list[RestoreState | None] = []
+
+        def restored() -> Iterator[Tensor]:
+            for tile, state in zip(plan.tiles, states, strict=True):
+                region = padded[..., tile.y : tile.y + tile.height, tile.x : tile.x + tile.width]
+                origin = (start // TEMPORAL_FACTOR, tile.y, tile.x)
+                if model.preset.transformer.streams:
+                    part, state = model.restore(region, state, seed=options.seed, strength=strength, origin=origin)
+                else:
+                    part = restore_clip(model, region, plan, seed=options.seed, strength=strength, origin=origin)
+                next_states.append(state)
+                yield part
+
+        hq = blend_tiles(restored(), plan.tiles, *plan.padded_size, TILE_OVERLAP)
+        return hq[..., :height, :width], tuple(next_states)
 
 
-_NO_PIXELS = np.empty((0, 0, 3), np.uint8)
 _FRAME_DTYPES = (np.uint8, np.uint16, np.float32)
 _FRAME_HINT = "frames are (H, W, 3) arrays or tensors of uint8, uint16 or float32"
+
+
+def with_window(model: OneStepModel, pixels: int) -> OneStepModel:
+    """The model with attention in local windows of `pixels` of the output a side, instead of over whole frames.
+
+    The cost of full attention grows with the square of a frame's size. Raises UsageError for a model that has windows
+    of its own, and for a window that is not a multiple of 32: tokens are 16 pixels, and layers shift by half a window.
+    """
+    if model.preset.transformer.window is not None:
+        raise UsageError(f"preset `{model.preset.name}` has attention windows of its own", hint="leave out `--window`")
+    if pixels < 32 or pixels % 32:
+        raise UsageError(f"unsupported window: `{pixels}`", hint="use a multiple of 32 pixels")
+    return model.with_window(pixels // PAD_MULTIPLE)
 
 
 def choose_device(name: str) -> torch.device:
@@ -303,8 +325,3 @@ def _checked(frames: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
         if (frame.shape, frame.dtype) != expected:
             raise InputError(f"frame {n} is {frame.dtype} {frame.shape}, the first was {expected[1]} {expected[0]}")
         yield frame
-
-
-def _estimate_bytes(info: VideoInfo, plan: Plan) -> int:
-    """A guess of the output's size, 0.2 bytes a pixel and frame: only a disk that is all but full is refused early."""
-    return int((info.num_frames or 0) * plan.target_size[0] * plan.target_size[1] * 0.2)

@@ -20,14 +20,16 @@ def attention(q: Tensor, k: Tensor, v: Tensor, window: WindowConfig | None = Non
     """Attend from q (B, T, H, W, heads, head_dim) to k, v; returns the shape of q.
 
     Without `window`, every query sees every key; k and v may have another length on the first axis after B (text as
-    (B, L, 1, 1, heads, head_dim)). With `window`, k and v hold `window.past` more latent frames in front than q:
-    query frame t sees key frames t .. t + past, at the positions of its own spatial window only. `shifted` moves the
-    window grid by half a window, for every other layer.
+    (B, L, 1, 1, heads, head_dim)). With `window`, a query sees the positions of its own spatial window only: of all
+    frames where `window.past` is None; else k and v hold `past` more latent frames in front than q, and query frame t
+    sees key frames t .. t + past. `shifted` moves the window grid by half a window, for every other layer.
     """
     if window is None:
         return _dense(q.flatten(1, 3), k.flatten(1, 3), v.flatten(1, 3)).view_as(q)
     B, T, H, W, heads, head_dim = q.shape
     gather, scatter = _window_indices(H, W, window.height, window.width, shifted, q.device)
+    if window.past is None:
+        return _over_all_frames(q, k, v, gather, scatter)
     windows, length = gather.shape
     steps = torch.arange(T, device=q.device).view(T, 1, 1, 1)
     seen = torch.arange(window.past + 1, device=q.device).view(1, 1, -1, 1)
@@ -41,6 +43,19 @@ def attention(q: Tensor, k: Tensor, v: Tensor, window: WindowConfig | None = Non
     out = _dense(to_windows(q, query_index), to_windows(k, key_index), to_windows(v, key_index))
     out = out.reshape(B, T, windows * length, heads * head_dim).index_select(2, scatter)
     return out.view(B, T, H, W, heads, head_dim)
+
+
+def _over_all_frames(q: Tensor, k: Tensor, v: Tensor, gather: Tensor, scatter: Tensor) -> Tensor:
+    """Each spatial window, of all frames of the call together."""
+    B, T, H, W, heads, head_dim = q.shape
+    windows, length = gather.shape
+
+    def to_windows(x: Tensor) -> Tensor:
+        x = x.flatten(2, 3).index_select(2, gather.flatten()).unflatten(2, (windows, length))
+        return x.transpose(1, 2).reshape(B * windows, T * length, heads, head_dim)
+
+    out = _dense(to_windows(q), to_windows(k), to_windows(v)).reshape(B, windows, T, length, heads, head_dim)
+    return out.transpose(1, 2).flatten(2, 3).index_select(2, scatter).view_as(q)
 
 
 def _dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -14,8 +14,12 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 def channels_last(module: Module) -> Module:
-    """Convolution weights in the layout that their kernels read."""
-    return module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    """Weights of convolutions, of images or of video, in the layout that their kernels read."""
+    layouts = {4: torch.channels_last, 5: torch.channels_last_3d}
+    for parameter in module.parameters():
+        if parameter.dim() in layouts:
+            parameter.data = parameter.data.contiguous(memory_format=layouts[parameter.dim()])
+    return module
 
 
 class RMSNorm(nn.Module):

@@ -1,11 +1,12 @@
-"""One-step restoration: everything between upsampled LQ frames and HQ frames, for any preset with a TinyVAE.
+"""One-step restoration: everything between upsampled LQ frames and HQ frames, for any preset.
 
 z_lq = encode(lq); eps ~ N(0, I); v = transformer(eps, z_lq, t = 1000); z_0 = eps - v; hq = decode(z_0, lq).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import hashlib
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -13,7 +14,14 @@ from torch import Tensor
 from duovsr.model import flow
 from duovsr.model.tiny_vae import SPATIAL_FACTOR, TinyVAE, VAEState
 from duovsr.model.transformer import Transformer, TransformerState
-from duovsr.options import Preset
+from duovsr.model.wan_vae import WanVAE
+from duovsr.options import Preset, TinyVAEConfig, WanVAEConfig, WindowConfig
+
+Autoencoder = TinyVAE | WanVAE
+
+
+def new_autoencoder(config: TinyVAEConfig | WanVAEConfig) -> Autoencoder:
+    return WanVAE(config) if isinstance(config, WanVAEConfig) else TinyVAE(config)
 
 
 @dataclass(frozen=True)
@@ -33,7 +41,7 @@ class OneStepModel:
 
     preset: Preset
     transformer: Transformer
-    vae: TinyVAE
+    vae: Autoencoder
     prompt: Tensor
 
     @property
@@ -43,6 +51,49 @@ class OneStepModel:
     @property
     def dtype(self) -> torch.dtype:
         return self.prompt.dtype
+
+    def fingerprint(self) -> str:
+        """A digest of all weights, and of where attention looks."""
+        digest = hashlib.sha256(f"{self.preset.name} {self.preset.transformer.window}".encode())
+        for tensor in (*self.transformer.state_dict().values(), *self.vae.state_dict().values(), self.prompt):
+            digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+    def with_window(self, tokens: int) -> OneStepModel:
+        """The same weights with attention in windows of `tokens` x `tokens`, over all frames of a call.
+
+        For a transformer of full attention, whose cost grows with the square of a frame's size. Positions stay those
+        of the whole frame; inside a window they differ by no more than in the small frames that it was trained on.
+        """
+        config = replace(self.preset.transformer, window=WindowConfig(tokens, tokens, past=None))
+        with torch.device("meta"):
+            transformer = Transformer(config)
+        transformer.load_state_dict(self.transformer.state_dict(), assign=True)
+        preset = replace(self.preset, transformer=config)
+        return replace(self, preset=preset, transformer=transformer.requires_grad_(False).eval())
+
+    def encode(self, lq: Tensor, state: VAEState | None = None) -> tuple[Tensor, VAEState]:
+        """LQ frames (1, 3, T, H, W) -> normalised latents; T is 4k + 1 at a start (`state` None) and 4k after it."""
+        return self.vae.encode(lq, state)
+
+    def generate(
+        self, z_lq: Tensor, seed: int, place: tuple[int, int, int], state: TransformerState | None = None
+    ) -> tuple[Tensor, TransformerState | None]:
+        """z_0 of LQ latents whose first element is at `place`: latent index since the scene's start, y, x."""
+        _, C, T, H, W = z_lq.shape
+        eps = flow.noise(seed, (C, T, H, W), origin=place, shared=self.preset.shared_noise, device=self.device)
+        timestep = torch.full((1,), flow.TIMESTEP_SCALE, device=self.device)
+        velocity, state = self.transformer(eps, z_lq, timestep, self.prompt, state)
+        return eps - velocity, state
+
+    def decode(self, latents: Tensor | None, lq: Tensor, state: VAEState | None = None) -> tuple[Tensor, VAEState]:
+        """Frames like `lq`, not clamped; with `latents` None the faithful ones.
+
+        TinyVAE's decoder sees the LQ. Wan2.1's does not, and faithful to the LQ are its own, bicubic, frames.
+        """
+        if isinstance(self.vae, TinyVAE):
+            return self.vae.decode(latents, lq, state)
+        return (lq, VAEState(())) if latents is None else self.vae.decode(latents, state)
 
     @torch.inference_mode()
     def restore(
@@ -56,26 +107,22 @@ class OneStepModel:
     ) -> tuple[Tensor, RestoreState]:
         """Restore LQ frames (1, 3, T, H, W) in [-1, 1], resized to the target; H and W multiples of 16.
 
-        T is 4k + 1 at a scene's start (`state` None) and 4k after it. `origin` places its noise: the latent index
+        T is 4k + 1 at a scene's start (`state` None) and 4k after it; only a model that streams goes on from a state
+        to the frames that a longer call would give. `origin` places its noise: the latent index
         since the scene's start where the state is fresh, and the (y, x) of a tile in pixels, multiples of 16. Returns
         frames like `lq`, not clamped.
         """
         index = origin[0] if state is None else state.next_latent
         if strength == 0:
-            frames, faithful = self.vae.decode(None, lq, None if state is None else state.faithful)
+            frames, faithful = self.decode(None, lq, None if state is None else state.faithful)
             encoder = VAEState(()) if state is None else state.encoder
             return frames, RestoreState(index, encoder, None, None, faithful)
-        z_lq, encoder = self.vae.encode(lq, None if state is None else state.encoder)
-        _, C, T, H, W = z_lq.shape
+        z_lq, encoder = self.encode(lq, None if state is None else state.encoder)
         place = (index, origin[1] // SPATIAL_FACTOR, origin[2] // SPATIAL_FACTOR)
-        eps = flow.noise(seed, (C, T, H, W), origin=place, shared=self.preset.shared_noise, device=self.device)
-        timestep = torch.full((1,), flow.TIMESTEP_SCALE, device=self.device)
-        velocity, transformer = self.transformer(
-            eps, z_lq, timestep, self.prompt, None if state is None else state.transformer
-        )
-        frames, decoder = self.vae.decode(eps - velocity, lq, None if state is None else state.decoder)
+        z_0, transformer = self.generate(z_lq, seed, place, None if state is None else state.transformer)
+        frames, decoder = self.decode(z_0, lq, None if state is None else state.decoder)
         plain_state = None
         if strength < 1:
-            plain, plain_state = self.vae.decode(None, lq, None if state is None else state.faithful)
+            plain, plain_state = self.decode(None, lq, None if state is None else state.faithful)
             frames = plain + strength * (frames - plain)
-        return frames, RestoreState(index + T, encoder, transformer, decoder, plain_state)
+        return frames, RestoreState(index + z_lq.shape[2], encoder, transformer, decoder, plain_state)

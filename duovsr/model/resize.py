@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numpy as np
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -14,3 +16,10 @@ def resize_frames(frames: Tensor, height: int, width: int) -> Tensor:
     flat = frames.transpose(1, 2).flatten(0, 1)
     flat = F.interpolate(flat, (height, width), mode="bicubic", antialias=True, align_corners=False)
     return flat.unflatten(0, (B, T)).transpose(1, 2)
+
+
+def resize_plane(plane: np.ndarray, width: int, height: int) -> np.ndarray:
+    """(H, W) uint8 or uint16, such as transparency -> (height, width) of the same type."""
+    values = torch.from_numpy(plane.astype(np.float32))[None, None, None]
+    resized = resize_frames(values, height, width)[0, 0, 0].round_().clamp_(0, np.iinfo(plane.dtype).max)
+    return resized.numpy().astype(plane.dtype)

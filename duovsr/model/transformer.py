@@ -16,12 +16,12 @@ from torch.utils.checkpoint import checkpoint
 
 from duovsr.kernels.attention import attention
 from duovsr.model.layers import RMSNorm, apply_rope, modulated_norm, rope_table, timestep_embedding
-from duovsr.options import TransformerConfig, WindowConfig
+from duovsr.options import TransformerConfig
 
 
 @dataclass(frozen=True)
 class TransformerState:
-    """What a windowed transformer remembers: the next latent index, and for each block the last `past` frames' k, v."""
+    """What a transformer that streams remembers: the next latent index, and each block's k, v of the last frames."""
 
     next_index: int
     keys: tuple[Tensor, ...]
@@ -48,6 +48,7 @@ class SelfAttention(Attention):
     def __init__(self, config: TransformerConfig, shifted: bool) -> None:
         super().__init__(config)
         self.window, self.shifted = config.window, shifted
+        self.past = config.window.past if config.window is not None else None
 
     def forward(
         self, x: Tensor, rope: Tensor, past: tuple[Tensor, Tensor] | None
@@ -56,18 +57,18 @@ class SelfAttention(Attention):
         q = apply_rope(self.norm_q(self.q(x)).unflatten(-1, (self.heads, -1)), rope)
         k = apply_rope(self.norm_k(self.k(x)).unflatten(-1, (self.heads, -1)), rope)
         v = self.v(x).unflatten(-1, (self.heads, -1))
-        if self.window is not None:
-            k, v = _with_past(k, v, past, self.window)
-            past = k[:, -self.window.past :], v[:, -self.window.past :]
+        if self.past is not None:
+            k, v = _with_past(k, v, past, self.past)
+            past = k[:, -self.past :], v[:, -self.past :]
         return self.o(attention(q, k, v, self.window, shifted=self.shifted).flatten(-2)), past
 
 
-def _with_past(k: Tensor, v: Tensor, past: tuple[Tensor, Tensor] | None, window: WindowConfig) -> tuple[Tensor, Tensor]:
+def _with_past(k: Tensor, v: Tensor, before: tuple[Tensor, Tensor] | None, frames: int) -> tuple[Tensor, Tensor]:
     """Put the earlier frames in front. A scene's first frame stands in for the frames before it: a key that appears
     twice with its value changes nothing in a softmax average over that frame alone."""
-    if past is None:
-        past = k[:, :1].repeat(1, window.past, 1, 1, 1, 1), v[:, :1].repeat(1, window.past, 1, 1, 1, 1)
-    return torch.cat([past[0], k], dim=1), torch.cat([past[1], v], dim=1)
+    if before is None:
+        before = k[:, :1].repeat(1, frames, 1, 1, 1, 1), v[:, :1].repeat(1, frames, 1, 1, 1, 1)
+    return torch.cat([before[0], k], dim=1), torch.cat([before[1], v], dim=1)
 
 
 class CrossAttention(Attention):
@@ -151,7 +152,7 @@ class Transformer(nn.Module):
 
         noisy, lq: latents (B, C, T, H, W), H and W multiples of the patch; timestep (B,) = 1000 sigma; text
         (B, L, text_dim) with L <= text_length, zero-padded here. `state` is None at a scene's first latent and where
-        the preset has no window. Returns the velocity in the shape of `noisy` (float32) and the next state.
+        the config does not stream. Returns the velocity in the shape of `noisy` (float32) and the next state.
         """
         config = self.config
         x = self._patchify(torch.cat([noisy, lq], dim=1))
@@ -171,7 +172,7 @@ class Transformer(nn.Module):
                 x, past = block(x, modulation, text, rope, past)
             pasts.append(past)
         velocity = self._unpatchify(self.head(x, embedded_time.float())).float()
-        if config.window is None:
+        if not config.streams:
             return velocity, None
         keys, values = zip(*pasts, strict=True)
         return velocity, TransformerState(start + T, keys, values)

@@ -2,36 +2,48 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict
+import os
 
 import numpy as np
 import torch
 from numpy.lib.format import open_memmap
 from tqdm import tqdm
 
-from duovsr.train.data import LATENTS, SHARPNESS
+from duovsr.train.data import LATENTS, SHARPNESS, new_array
 from duovsr.train.draws import Draws
 from duovsr.train.loop import Run
 from duovsr.train.options import LatentsConfig
 from duovsr.train.roles import EncodedFrames, Inputs
+from duovsr.weights import atomic_file
+
+_PARTIAL = "sharpness.partial.npy"  # of the rows that are on the disk
+_SAVE_EVERY = 64  # rows
 
 
 def cache_latents(run: Run, config: LatentsConfig, inputs: Inputs) -> None:
-    """Write `latents.npy` (samples, 2, C, T, h, w) float16, HQ then LQ, of random crops; `sharpness.npy` last."""
-    vae = inputs.autoencoder(run)
-    source = EncodedFrames(inputs.frames(config), vae, run)
+    """Write `latents.npy` (samples, 2, C, T, h, w) float16, HQ then LQ, of random crops; `sharpness.npy` last.
+
+    The same call resumes. A row is a function of the seed and its number, whatever was interrupted.
+    """
     run.out.mkdir(parents=True, exist_ok=True)
-    (run.out / SHARPNESS).unlink(missing_ok=True)  # written last: latents with it are finished
-    pairs: np.memmap | None = None
+    if (run.out / SHARPNESS).is_file():
+        return
+    partial = run.out / _PARTIAL
+    source = EncodedFrames(inputs.frames(config), inputs.autoencoder(run), run)
     sharpness = np.zeros(config.samples, np.float32)
-    for row in tqdm(range(config.samples), desc=run.out.name, disable=None):
+    done = np.load(partial) if partial.is_file() else sharpness[:0]
+    sharpness[: len(done)] = done
+    pairs = open_memmap(run.out / LATENTS, "r+") if len(done) else None
+    rows = range(len(done), config.samples)
+    for row in tqdm(rows, desc=run.out.name, initial=len(done), total=config.samples, disable=None):
         draws = Draws.of(range(row, row + 1), seed=config.seed, step=0, part=0, device=run.device)
         z0, z_lq, sharp = source.latents(draws)
         if pairs is None:
-            shape = (config.samples, 2, *z0.shape[1:])
-            pairs = open_memmap(run.out / LATENTS, "w+", np.float16, shape)
+            pairs = new_array(run.out / LATENTS, (config.samples, 2, *z0.shape[1:]))
         pairs[row] = torch.cat([z0, z_lq]).cpu().numpy().astype(np.float16)
         sharpness[row] = float(sharp)
-    (run.out / "latents.json").write_text(json.dumps(asdict(config), indent=1) + "\n")
-    np.save(run.out / SHARPNESS, sharpness)
+        if row % _SAVE_EVERY == _SAVE_EVERY - 1 or row == rows[-1]:
+            pairs.flush()
+            with atomic_file(partial) as path, path.open("wb") as file:
+                np.save(file, sharpness[: row + 1])
+    os.replace(partial, run.out / SHARPNESS)

@@ -6,7 +6,6 @@ checkpoint cut short by a crash is never read. Saved by any number of processes,
 
 from __future__ import annotations
 
-import os
 import shutil
 import warnings
 from collections.abc import Mapping
@@ -21,6 +20,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save
 
 from duovsr.errors import InputError
+from duovsr.weights import atomic_file
 
 State = Mapping[str, Any]
 
@@ -75,12 +75,8 @@ class Checkpoints:
             dist.barrier()
         if not _first():
             return
-        partial = self.folder / "latest.part"
-        with partial.open("w") as file:
-            file.write(path.name)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, self.folder / "latest")
+        with atomic_file(self.folder / "latest") as partial:
+            partial.write_text(path.name)
         finished = sorted(p for p in self.folder.glob("step_*") if p.name <= path.name)
         for old in finished[: -self.keep]:
             shutil.rmtree(old)

@@ -7,6 +7,7 @@ processes nor of micro-batches changes what is seen.
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, is_dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +15,7 @@ from zipfile import BadZipFile
 
 import numpy as np
 import torch
+from numpy.lib.format import open_memmap
 from torch import Generator, Tensor
 from torch.nn import functional as F
 
@@ -22,9 +24,10 @@ from duovsr.model.resize import resize_frames
 from duovsr.train.degradation import DegradationConfig
 from duovsr.train.degradation_batched import degrade_batch
 from duovsr.train.draws import Draws
+from duovsr.video.output import check_space
 
 LATENTS, SHARPNESS = "latents.npy", "sharpness.npy"
-PAIRS = "pairs.npz"
+PAIRS, PAIRS_RECORD = "pairs.npy", "pairs.json"
 
 
 class Latents(NamedTuple):
@@ -147,22 +150,22 @@ class LatentPool:
 
 
 class PairPool:
-    """Pairs that `build_pairs` wrote."""
+    """Pairs that `stage3.build_pairs` wrote."""
 
     def __init__(self, folder: Path) -> None:
-        path = folder / PAIRS
-        if not path.is_file():
-            raise InputError(f"no preference pairs in `{folder}`", hint="make them with `duovsr train prefs`")
+        record = folder / PAIRS_RECORD
+        if not record.is_file():  # written last
+            raise InputError(f"no finished preference pairs in `{folder}`", hint="make them with `duovsr train prefs`")
         try:
-            with np.load(path) as arrays:
-                self.arrays = [torch.from_numpy(arrays[name]) for name in ("z_lq", "chosen", "rejected")]
+            count = json.loads(record.read_text())["pairs"]
         except _DAMAGED as error:
-            raise InputError(f"damaged preference pairs: `{path}`", hint="make them again") from error
+            raise InputError(f"damaged preference pairs: `{record}`", hint="make them again") from error
+        self.pairs = _array(folder / PAIRS)[:count]
 
     def batch(self, draws: Draws) -> tuple[Tensor, Tensor, Tensor]:
         """LQ, chosen and rejected latents (B, C, T, h, w), float32."""
-        rows = [int(torch.randint(len(self.arrays[0]), (), generator=g)) for g in draws.generators]
-        z_lq, chosen, rejected = (array[rows].float().to(draws.device) for array in self.arrays)
+        rows = [int(torch.randint(len(self.pairs), (), generator=g)) for g in draws.generators]
+        z_lq, chosen, rejected = torch.from_numpy(self.pairs[rows]).to(draws.device).float().unbind(1)
         return z_lq, chosen, rejected
 
 
@@ -172,6 +175,12 @@ def sharpness(frames: Tensor) -> Tensor:
     grey = ((frames[:, :, 0] + 1) * 127.5 * weights).sum(1, keepdim=True)
     kernel = torch.tensor([[0.0, 1, 0], [1, -4, 1], [0, 1, 0]], device=frames.device)
     return F.conv2d(F.pad(grey, (1, 1, 1, 1), mode="reflect"), kernel[None, None]).var((1, 2, 3))
+
+
+def new_array(path: Path, shape: tuple[int, ...]) -> np.memmap:
+    """A float16 array on the disk. Raises NoSpaceError where it would not fit: a mapped file that runs out kills."""
+    check_space(path, 2 * math.prod(shape))
+    return open_memmap(path, "w+", np.float16, shape)
 
 
 _DAMAGED = (OSError, ValueError, EOFError, KeyError, BadZipFile)

@@ -11,12 +11,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import Generator, Tensor
 
 from duovsr.errors import UsageError
+from duovsr.train.checks import check, check_choice, check_parts, check_ranges, check_weights
 from duovsr.train.degradation_ops import (
     Blur,
     Codec,
@@ -36,6 +37,7 @@ MODES = ("bilinear", "area", "bicubic")
 CODECS = ("libx264", "h264", "mpeg4")
 THIRDS = (1.0, 1.0, 1.0)
 PAPER_SIDE = 64  # of RealBasicVSR's LQ, which its bit rates belong to
+_LEAST = 0.01  # of what is divided by
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,14 @@ class Ranges:
     crf: tuple[int, int] = (18, 34)  # ours
     mpeg4_quantiser: tuple[int, int] = (2, 16)  # ours: in place of a CRF, 2 to 31
 
+    def __post_init__(self) -> None:
+        check_ranges(self, _LEAST, math.inf, "blur_sigma")
+        check_ranges(self, 0, math.inf, "noise_sigma", "poisson_scale")
+        check_ranges(self, 1, 100, "jpeg_quality")
+        check_ranges(self, 1, math.inf, "bitrate")
+        check_ranges(self, 0, 51, "crf")
+        check_ranges(self, 2, 31, "mpeg4_quantiser")
+
 
 @dataclass(frozen=True)
 class ResizeRanges:
@@ -57,6 +67,11 @@ class ResizeRanges:
 
     directions: tuple[float, float, float]
     scale: tuple[float, float]
+
+    def __post_init__(self) -> None:
+        check_weights(self, "directions")
+        low, high = self.scale
+        check(0 < low <= 1 <= high < math.inf, "scale", self.scale, "a number up to 1, and one from 1 on")
 
 
 @dataclass(frozen=True)
@@ -70,6 +85,10 @@ class Steps:
     omega: float = 0.0628
     noise_sigma: float = 0.1
     poisson_scale: float = 0.005
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            check(0 <= value < math.inf, name, value, "a number, 0 or more")
 
 
 @dataclass(frozen=True)
@@ -119,8 +138,17 @@ class DegradationConfig:
     jpeg_step: float = 3.0
 
     def __post_init__(self) -> None:
-        if self.codec_control not in ("bitrate", "crf"):
-            raise UsageError(f"unsupported codec_control: `{self.codec_control}`", hint="use `bitrate` or `crf`")
+        check_parts(self, "clean", "mild", "clean_blur", "antialias", "mild_jpeg", "mild_codec", "second_order")
+        check_parts(self, "second_blur", "final_sinc", "poisson", "gray_noise")
+        check(self.clean + self.mild < 1 + 1e-9, "clean and mild", (self.clean, self.mild), "parts of one whole")
+        low, high = self.kernel_size
+        odd = 1 <= low <= high and low % 2 == high % 2 == 1
+        check(odd, "kernel_size", self.kernel_size, "two rising odd numbers")
+        check_weights(self, "kernel_families", "codecs")
+        check_ranges(self, _LEAST, math.inf, "beta_gaussian", "beta_plateau")
+        check_ranges(self, _LEAST, math.pi, "sinc_omega", "large_sinc_omega")
+        check(0 <= self.jpeg_step < math.inf, "jpeg_step", self.jpeg_step, "a number, 0 or more")
+        check_choice("codec_control", self.codec_control, ("bitrate", "crf"))
         if self.codec_surrogate and self.codec_control == "bitrate":
             raise UsageError("codec_surrogate cannot hold a bit rate", hint="set codec_control to `crf`")
 

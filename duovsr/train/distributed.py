@@ -7,6 +7,8 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
+from itertools import count
 from typing import TypeVar
 
 import torch
@@ -24,6 +26,7 @@ from duovsr.model.transformer import Transformer
 warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor", category=UserWarning)
 
 Module = TypeVar("Module", bound=nn.Module)
+_joins = count()
 
 
 @dataclass(frozen=True)
@@ -55,10 +58,11 @@ def joined(device: str) -> Iterator[World]:
         torch.cuda.set_device(place)
     # Checkpoints are gathered on the host in the background, so that the CPU needs its group too.
     backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "cpu:gloo"
-    # Keys of their own for every restart: on torchrun's store the dead processes' addresses are still there, and
-    # making a second group would wait for them.
+    # Keys of their own for every restart, and every stage of a recipe: on torchrun's store the addresses of processes
+    # that are gone are still there, and making a second group would wait for them.
     store, rank, size = next(rendezvous("env://"))
-    store = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)  # type: ignore[attr-defined]
+    attempt = f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}_{next(_joins)}"
+    store = dist.PrefixStore(attempt, store)  # type: ignore[attr-defined]
     dist.init_process_group(backend, store=store, rank=rank, world_size=size)
     try:
         mesh = init_device_mesh(device, (dist.get_world_size(),))
@@ -113,6 +117,16 @@ def mean_over_ranks(value: Tensor, world: World) -> Tensor:
 def wait_for_all(world: World) -> None:
     if world.mesh is not None:
         dist.barrier()
+
+
+@contextmanager
+def first_alone(world: World) -> Iterator[bool]:
+    """Whether this rank does the work inside. The others wait at the end, for days if need be: in a group of its own,
+    as a usual one gives up after minutes."""
+    group = None if world.mesh is None else dist.new_group(backend="gloo", timeout=timedelta(days=30))
+    yield world.first
+    if group is not None:
+        dist.barrier(group)
 
 
 def any_rank(flag: bool, world: World) -> bool:

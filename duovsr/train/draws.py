@@ -9,16 +9,19 @@ from torch import Tensor
 
 
 class Draws:
-    """The random numbers of a micro-batch, one CPU generator a sample; tensors are returned on `device`."""
+    """The random numbers of a micro-batch, one CPU generator a sample; tensors are returned on `device`.
 
-    def __init__(self, seeds: list[int], device: torch.device) -> None:
+    `start`: which sample of the global batch its first one is.
+    """
+
+    def __init__(self, seeds: list[int], device: torch.device, start: int = 0) -> None:
         self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        self.device = device
+        self.device, self.start = device, start
 
     @classmethod
     def of(cls, indices: range, *, seed: int | str, step: int, part: int, device: torch.device) -> Draws:
         """Those of samples `indices` of the global batch. `part` tells the updates of one step apart."""
-        return cls([_seed(f"{seed}/{step}/{part}/{index}") for index in indices], device)
+        return cls([_seed(f"{seed}/{step}/{part}/{index}") for index in indices], device, indices.start)
 
     def __len__(self) -> int:
         return len(self.generators)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 import time
 from dataclasses import asdict
@@ -14,10 +13,14 @@ from typing import Any
 
 import torch
 
-from duovsr.errors import UsageError
+from duovsr.errors import InputError, UsageError
+from duovsr.repository import CONFIG
 from duovsr.train.options import StageConfig
+from duovsr.train.pool import RECORD as POOL_RECORD
+from duovsr.weights import atomic_file
 
 SETTINGS, METRICS = "settings.json", "metrics.jsonl"
+_MARKS = {SETTINGS: "a run", POOL_RECORD: "a pool", CONFIG: "a model"}
 _FREE = ("threads", "log_every", "save_every", "keep", "device")  # may change from one start to the next
 
 
@@ -65,13 +68,20 @@ class Journal:
             return
         lines = self._path.read_text().splitlines(keepends=True)
         kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] < start]
-        partial = self._path.with_suffix(".part")
-        partial.write_text("".join(kept))
-        os.replace(partial, self._path)
+        with atomic_file(self._path) as partial:
+            partial.write_text("".join(kept))
+
+
+def refuse_others(folder: Path, own: str | None) -> None:
+    """Raises UsageError where `folder` holds what another command made. `own`: the file that marks one's own."""
+    for mark, what in _MARKS.items():
+        if mark != own and (folder / mark).exists():
+            raise UsageError(f"`{folder}` holds {what}: `{mark}`", hint="choose another `--out`")
 
 
 def note_settings(folder: Path, stage: str, preset: str, config: StageConfig, inputs: dict[str, object]) -> None:
-    """Write a new run's settings and versions; refuse to resume a run that had others. Raises UsageError."""
+    """Write a new run's settings and versions; refuse to resume a run that had others. Raises UsageError,
+    and InputError where they cannot be read."""
     path = folder / SETTINGS
     described = json.loads(
         json.dumps(
@@ -89,17 +99,27 @@ def note_settings(folder: Path, stage: str, preset: str, config: StageConfig, in
             default=str,
         )
     )
-    if not path.exists() or not (folder / "checkpoints" / "latest").exists():  # nothing done yet
+    if not path.exists() or list(folder.iterdir()) == [path]:  # nothing done yet
         folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(described, indent=1) + "\n")
+        with atomic_file(path) as partial:
+            partial.write_text(json.dumps(described, indent=1) + "\n")
         return
-    noted = json.loads(path.read_text())
-    different = [name for name in ("stage", "preset") if noted[name] != described[name]]
-    settings = described["settings"]
-    different += [k for k in described["inputs"] if noted["inputs"].get(k) != described["inputs"][k]]
-    different += [k for k in settings if k not in _FREE and noted["settings"].get(k, settings[k]) != settings[k]]
+    try:
+        noted = json.loads(path.read_text())
+        different = _different(noted, described)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"damaged settings of a run: `{path}`", hint="choose another `--out`") from error
     if different:
         raise UsageError(
             f"run `{folder}` was started with other settings: {', '.join(different)}",
             hint="resume with the same command, or choose another `--out`",
         )
+
+
+def _different(noted: dict[str, Any], described: dict[str, Any]) -> list[str]:
+    """What a resumed run may not change, and did."""
+    settings, inputs = described["settings"], described["inputs"]
+    different = [name for name in ("stage", "preset") if noted[name] != described[name]]
+    different += [k for k in inputs if noted["inputs"].get(k) != inputs[k]]
+    different += [k for k in settings if k not in _FREE and noted["settings"].get(k, settings[k]) != settings[k]]
+    return different

@@ -95,7 +95,8 @@ class Run:
         size = config.batch // config.accumulate // world.size
         if size * world.size * config.accumulate != config.batch:
             raise TrainError(
-                f"batch {config.batch} does not divide by {world.size} processes times accumulate={config.accumulate}"
+                f"batch {config.batch} does not divide by {world.size} processes times accumulate={config.accumulate}",
+                hint=f"use a multiple of {world.size * config.accumulate}",
             )
         for i in range(config.accumulate):
             start = (i * world.size + world.rank) * size

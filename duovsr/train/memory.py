@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from duovsr.model.transformer import Transformer
 from duovsr.options import PRESETS, Preset, TransformerConfig
-from duovsr.train.options import RECIPES, DualConfig, ProgressiveConfig, StageConfig
+from duovsr.train.options import DualConfig, LatentsConfig, PrefsConfig, ProgressiveConfig, StageConfig
 from duovsr.train.rfs_gan import Heads
 from duovsr.train.roles import DiffusionModel
 from duovsr.train.stages import Job
@@ -49,20 +49,20 @@ def roles_of(stage: str, config: StageConfig) -> Roles | None:
 def describe(job: Job, config: Any, devices: int) -> dict[str, Any]:
     """The resolved configuration of a job and its plan; of a recipe, stage by stage."""
     if isinstance(config, dict):
-        return {stage: describe(_at(job, stage), each, devices) for stage, each in config.items()}
+        of_stage = {stage: replace(job, stage=stage, preset=job.preset_name) for stage in config}
+        return {stage: describe(of_stage[stage], each, devices) for stage, each in config.items()}
     settings = asdict(config)
     if not isinstance(config, StageConfig):
         return settings
-    return {**settings, "plan": plan(job.stage, PRESETS[job.preset], config, devices)}
-
-
-def _at(job: Job, stage: str) -> Job:
-    assert job.name is not None
-    return replace(job, stage=stage, preset=RECIPES[job.name].preset)
+    return {**settings, "plan": plan(job.stage, PRESETS[job.preset_name], config, devices)}
 
 
 def plan(stage: str, preset: Preset, config: StageConfig, devices: int) -> dict[str, Any]:
     """Steps, samples, and for the diffusion stages parameters and GiB a device with weights sharded over `devices`."""
+    if isinstance(config, LatentsConfig):
+        return {"samples": config.samples}
+    if isinstance(config, PrefsConfig):
+        return {"samples": config.pairs * config.candidates}
     steps, updates = config.steps, 1
     if isinstance(config, ProgressiveConfig):
         steps *= config.rounds

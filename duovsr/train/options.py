@@ -11,12 +11,8 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from duovsr.errors import UsageError
-
-
-def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise UsageError(f"unsupported {name}: `{value}`", hint=f"use one of: {', '.join(choices)}")
-
+from duovsr.train.checks import check, check_choice, check_parts, check_ranges, check_seed, check_weights
+from duovsr.train.degradation import DegradationConfig
 
 _ABOVE_ZERO = frozenset(
     "steps batch accumulate crop frames clip keep log_every save_every validate_every validation_samples learning_rate"
@@ -26,14 +22,14 @@ _ABOVE_ZERO = frozenset(
 _BELOW_ONE = frozenset("beta1 beta2 ema prompt_dropout".split())
 
 
-def _check_range(name: str, value: object) -> None:
+def _check_number(name: str, value: object) -> None:
     """Every number is finite and not negative; some are more."""
     if isinstance(value, bool | str) or not isinstance(value, int | float):
         return
     positive, below = name in _ABOVE_ZERO, name in _BELOW_ONE
-    if not math.isfinite(value) or value < 0 or (positive and value == 0) or (below and value >= 1):
-        wanted = "more than 0" if positive else "from 0 to below 1" if below else "0 or more"
-        raise UsageError(f"unsupported {name}: `{value}`", hint=f"use a number, {wanted}")
+    wanted = "more than 0" if positive else "from 0 to below 1" if below else "0 or more"
+    usable = math.isfinite(value) and value >= 0 and not (positive and value == 0) and not (below and value >= 1)
+    check(usable, name, value, f"a number, {wanted}")
 
 
 @dataclass(frozen=True)
@@ -68,16 +64,15 @@ class StageConfig:
 
     def __post_init__(self) -> None:
         for each in fields(self):
-            _check_range(each.name, getattr(self, each.name))
+            _check_number(each.name, getattr(self, each.name))
         if self.batch % self.accumulate:
             raise UsageError(f"batch `{self.batch}` does not divide into {self.accumulate} micro-batches")
-        if self.frames % 4 != 1:
-            raise UsageError(f"unsupported frames: `{self.frames}`", hint="use 4k + 1, such as 5, 9 or 21")
-        if self.crop % 16:
-            raise UsageError(f"unsupported crop: `{self.crop}`", hint="use a multiple of 16")
-        _one_of("schedule", self.schedule, ("cosine", "constant"))
-        _one_of("dtype", self.dtype, ("bfloat16", "float32"))
-        _one_of("device", self.device, ("auto", "cpu", "cuda"))
+        check(self.frames % 4 == 1, "frames", self.frames, "4k + 1, such as 5, 9 or 21")
+        check(self.crop % 16 == 0, "crop", self.crop, "a multiple of 16")
+        check_seed(self.seed)
+        check_choice("schedule", self.schedule, ("cosine", "constant"))
+        check_choice("dtype", self.dtype, ("bfloat16", "float32"))
+        check_choice("device", self.device, ("auto", "cpu", "cuda"))
 
 
 @dataclass(frozen=True)
@@ -136,9 +131,9 @@ class ProgressiveConfig(StageConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.start < 2 or self.start & (self.start - 1):
-            raise UsageError(f"unsupported start: `{self.start}`", hint="use a power of two from 2 on")
-        _one_of("weighting", self.weighting, ("velocity", "paper"))
+        power_of_two = self.start >= 2 and self.start & (self.start - 1) == 0
+        check(power_of_two, "start", self.start, "a power of two from 2 on")
+        check_choice("weighting", self.weighting, ("velocity", "paper"))
         if self.patience:
             raise UsageError("progressive distillation cannot stop early: its rounds are of a length")
 
@@ -173,21 +168,24 @@ class DualConfig(StageConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _one_of("count", self.count, ("student", "all"))
-        if not 0 <= self.sigma_range[0] < self.sigma_range[1] <= 1:
-            raise UsageError(f"unsupported sigma_range: `{self.sigma_range}`", hint="two rising numbers from 0 to 1")
-        _one_of("streams", self.streams, ("joint", "dmd", "gan", "sequential"))
-        _one_of("features", self.features, ("both", "real", "fake"))
-        _one_of("discriminator_input", self.discriminator_input, ("noised", "clean"))
+        check_choice("count", self.count, ("student", "all"))
+        check_ranges(self, 0, 1, "sigma_range")
+        check_choice("streams", self.streams, ("joint", "dmd", "gan", "sequential"))
+        check_choice("features", self.features, ("both", "real", "fake"))
+        check_choice("discriminator_input", self.discriminator_input, ("noised", "clean"))
 
 
 @dataclass(frozen=True)
 class PrefsConfig(StageConfig):
     """Stage III, preference pairs (section 7.2). `steps`, `batch` and the optimiser's settings are not used."""
 
-    pairs: int = 2000  # LQ clips looked at; ties and what cannot be measured give no pair (the paper: 2,000 pairs)
+    pairs: int = 2000  # paper
     candidates: int = 5  # paper
     rankers: tuple[str, ...] = ("ssim", "detail", "steady")  # need nothing more; paper: lpips, musiq, dover
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(self.candidates >= 2, "candidates", self.candidates, "2 or more: the best and the worst make a pair")
 
 
 @dataclass(frozen=True)
@@ -222,6 +220,31 @@ class RefineConfig(StageConfig):
 
 
 @dataclass(frozen=True)
+class PoolConfig:
+    """A pool of `samples` windows of `frames` x `side` x `side` HQ pixels with their LQ."""
+
+    samples: int = 3000
+    frames: int = 9
+    side: int = 192
+    seed: int = 0
+    validation: bool = False  # from the held-out sources instead of the others
+    live: bool = False  # HQ and scale only: the LQ is made anew for every batch
+    stills: float = 0.55  # part of the samples made from stills by synthetic camera motion
+    skip_frames: float = 0.3  # part of the clips' samples that show every second frame, for faster motion
+    scale_weights: tuple[float, float, float, float] = (0.6, 0.12, 0.18, 0.1)  # of pool.SCALES
+    degradation: DegradationConfig = DegradationConfig()
+    workers: int = 1  # processes
+
+    def __post_init__(self) -> None:
+        for name in ("samples", "frames", "workers"):
+            check(getattr(self, name) >= 1, name, getattr(self, name), "a number, 1 or more")
+        check(self.side % 24 == 0 < self.side, "side", self.side, "a multiple of 24, which keeps the LQ's sides even")
+        check_seed(self.seed)
+        check_parts(self, "stills", "skip_frames")
+        check_weights(self, "scale_weights")
+
+
+@dataclass(frozen=True)
 class TuneConfig(RefineConfig):
     """A trained model adapted to somebody's own footage: a pool of it, and a short refinement."""
 
@@ -234,6 +257,16 @@ class TuneConfig(RefineConfig):
     side: int = 192  # pixels of a window: smaller sources are skipped
     stills: float = 0.0  # part of the windows from photos
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(self.crop <= self.side, "crop", self.crop, f"at most the windows' side, {self.side}")
+        self.windows()  # checks the rest
+
+    def windows(self) -> PoolConfig:
+        """The pool that the footage is cut into."""
+        frames = max(PoolConfig.frames, self.frames)
+        return PoolConfig(samples=self.samples, frames=frames, side=self.side, seed=self.seed, stills=self.stills)
+
 
 @dataclass(frozen=True)
 class ExportConfig:
@@ -244,8 +277,9 @@ class ExportConfig:
     share: float = 0.0  # its part
 
     def __post_init__(self) -> None:
-        if not 0 <= self.share <= 1:
-            raise UsageError(f"unsupported share: `{self.share}`", hint="use a number from 0 to 1")
+        check_parts(self, "share")
+        if bool(self.blend) != (self.share > 0):
+            raise UsageError("`blend` and `share` go together", hint="add `--set blend=RUN` or `--set share=0.5`")
 
 
 @dataclass(frozen=True)

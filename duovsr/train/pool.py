@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
 from multiprocessing import get_context, parent_process
 from pathlib import Path
@@ -27,9 +27,11 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from duovsr.errors import InputError, TrainError, UsageError
-from duovsr.train.degradation import DegradationConfig, degrade
+from duovsr.train.degradation import degrade
+from duovsr.train.options import PoolConfig
 from duovsr.train.sources import Source, find_sources, measure, open_footage
 from duovsr.video.output import check_space
+from duovsr.weights import atomic_file
 
 SCALES = (4.0, 3.0, 2.0, 1.5)
 HQ, LQ, SCALE, RECORD = "hq.npy", "lq.npy", "scale.npy", "pool.json"
@@ -38,36 +40,6 @@ _TASK_ROWS = 16  # windows cut from one reading of a photo
 
 Task = tuple[Source, list[int]]  # rows to cut from a source
 Each = Callable[[Callable[[Any], Any], list[Any]], Iterator[Any]]
-
-
-@dataclass(frozen=True)
-class PoolConfig:
-    """A pool of `samples` windows of `frames` x `side` x `side` HQ pixels with their LQ."""
-
-    samples: int = 3000
-    frames: int = 9
-    side: int = 192
-    seed: int = 0
-    validation: bool = False  # from the held-out sources instead of the others
-    live: bool = False  # HQ and scale only: the LQ is made anew for every batch
-    stills: float = 0.55  # part of the samples made from stills by synthetic camera motion
-    skip_frames: float = 0.3  # part of the clips' samples that show every second frame, for faster motion
-    scale_weights: tuple[float, float, float, float] = (0.6, 0.12, 0.18, 0.1)  # of SCALES
-    degradation: DegradationConfig = DegradationConfig()
-    workers: int = 1  # processes
-
-    def __post_init__(self) -> None:
-        if self.side % 24 or self.side < 24:
-            raise UsageError(f"unsupported side: `{self.side}`", hint="a multiple of 24 keeps the LQ's sides even")
-        if min(self.samples, self.frames, self.workers) < 1:
-            raise UsageError("samples, frames and workers must be at least 1")
-        for name in ("stills", "skip_frames"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UsageError(f"unsupported {name}: `{getattr(self, name)}`", hint="a part, from 0 to 1")
-        if not (all(0 <= w < math.inf for w in self.scale_weights) and any(self.scale_weights)):
-            raise UsageError(
-                f"unsupported scale_weights: `{self.scale_weights}`", hint="parts of a whole, none negative"
-            )
 
 
 def uniform(low: float, high: float, generator: Generator) -> float:
@@ -146,14 +118,15 @@ def build_pool(folders: list[Path], out: Path, config: PoolConfig) -> None:
     InputError as `find_sources` does, UsageError where `out` has another pool, TrainError where nothing is usable.
     """
     out.mkdir(parents=True, exist_ok=True)
-    known = _read_record(out, config)
+    data = sorted(map(str, folders))
+    known = _read_record(out, config, data)
     if known and (out / SCALE).is_file():
         return
     found = [source for source in find_sources(folders) if source.validation == config.validation]
     if known and {source.name for source in found} != known["sources"].keys() | known["skipped"].keys():
         raise UsageError(f"`{out}` was begun with other sources", hint="give another folder, or delete this one")
     with _processes(config.workers) as each:
-        record = known or _survey(found, config, each)
+        record = known or {"data": data, **_survey(found, config, each)}
         sources = [replace(s, sharpness=record["sources"][s.name]) for s in found if s.name in record["sources"]]
         if not sources:
             reasons = "; ".join(list(record["skipped"].values())[:3]) or "none is on this side of the validation split"
@@ -178,13 +151,20 @@ def build_pool(folders: list[Path], out: Path, config: PoolConfig) -> None:
     os.replace(out / _PARTIAL, out / SCALE)
 
 
-def _read_record(out: Path, config: PoolConfig) -> dict[str, Any] | None:
-    """The `pool.json` of a pool that was begun before. Raises UsageError if it had another configuration."""
+def _read_record(out: Path, config: PoolConfig, data: list[str]) -> dict[str, Any] | None:
+    """The `pool.json` of a pool that was begun before. Raises UsageError if it had another configuration, or others'
+    `data`, InputError where it cannot be read."""
     if not (out / RECORD).is_file():
         return None
-    record: dict[str, Any] = json.loads((out / RECORD).read_text())
     settings = _settings(config)
-    changed = [key for key in record["config"].keys() | settings if record["config"].get(key) != settings.get(key)]
+    try:
+        record: dict[str, Any] = json.loads((out / RECORD).read_text())
+        noted = record["config"]
+        changed = [key for key in noted.keys() | settings if noted.get(key) != settings.get(key)]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"damaged record of a pool: `{out / RECORD}`", hint="give another folder") from error
+    if record.get("data", data) != data:
+        raise UsageError(f"`{out}` was begun with other sources", hint="give another folder, or delete this one")
     if changed:
         raise UsageError(
             f"`{out}` has a pool with other settings: {', '.join(sorted(changed))}",
@@ -194,9 +174,8 @@ def _read_record(out: Path, config: PoolConfig) -> dict[str, Any] | None:
 
 
 def _write_record(out: Path, record: dict[str, Any]) -> None:
-    partial_record = out / "pool.partial.json"
-    partial_record.write_text(json.dumps(record, indent=1, sort_keys=True))
-    os.replace(partial_record, out / RECORD)
+    with atomic_file(out / RECORD) as partial_record:
+        partial_record.write_text(json.dumps(record, indent=1, sort_keys=True))
 
 
 def _settings(config: PoolConfig) -> dict[str, Any]:

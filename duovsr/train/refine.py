@@ -42,7 +42,7 @@ class Refinement:
         self.anchor = place(diffusion_model(self.preset, model, run, trained=False), run.world)
         self.student = place(diffusion_model(self.preset, model, run, trained=True), run.world)
         place(self.vae, run.world)
-        self.discriminator = place(channels_last(PatchDiscriminator()), run.world)
+        self.discriminator = place(channels_last(PatchDiscriminator()), run.world).eval()
         trained = [*self.vae.decoder.parameters(), *self.student.parameters()]
         self.optimizer = torch.optim.AdamW(
             trained, config.learning_rate, (config.beta1, config.beta2), weight_decay=config.weight_decay, fused=True
@@ -52,16 +52,22 @@ class Refinement:
         )
 
     def _restore(self, lq: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
-        """The output (B, 3, T, H, W), and how far the effect of two noises on the first sample left the anchor's."""
+        """The output (B, 3, T, H, W), and how far the effect of two noises on the update's first sample left the
+        anchor's: times the number of micro-batches where that sample is, as their mean is taken, 0 elsewhere."""
+        micro_batches = self.config.accumulate * self.run.world.size
+        # A sharded model runs on all ranks or on none: they probe together, and one counts.
+        probed = int(draws.start < len(draws) * self.run.world.size)
         z_lq = encode(self.vae, lq, self.run)
         eps, other = (draws.normal_like(z_lq, self.preset.shared_noise) for _ in range(2))
-        pair, z_pair = torch.cat([eps[:1], other[:1]]), torch.cat([z_lq[:1], z_lq[:1]])
         with self.run.autocast():
-            x0 = one_step(self.student, torch.cat([eps, other[:1]]), torch.cat([z_lq, z_lq[:1]]))
-            with torch.no_grad():
-                first, second = one_step(self.anchor, pair, z_pair)
-            output, _ = self.vae.decode(x0[:-1], lq)
-        return output.float(), ((x0[0] - x0[-1]) - (first - second)).square().mean()
+            x0 = one_step(self.student, torch.cat([eps, other[:probed]]), torch.cat([z_lq, z_lq[:probed]]))
+            output, _ = self.vae.decode(x0[: len(draws)], lq)
+        if not probed:
+            return output.float(), x0.new_zeros(())
+        with torch.no_grad(), self.run.autocast():
+            first, second = one_step(self.anchor, torch.cat([eps[:1], other[:1]]), torch.cat([z_lq[:1], z_lq[:1]]))
+        drift = ((x0[0] - x0[-1]) - (first - second)).square().mean()
+        return output.float(), drift * micro_batches if draws.start == 0 else drift * 0
 
     def loss(self, draws: Draws, step: int) -> tuple[Tensor, Metrics]:
         config = self.config
@@ -73,6 +79,7 @@ class Refinement:
         structure = ssim_loss(output, hq)
         loss = loss + config.ssim_weight * structure
         noted = {
+            "loss": loss,  # the terms that every step has
             "pixel": pixel,
             "ssim_loss": structure,
             "noise_drift": drift,
@@ -100,7 +107,16 @@ class Refinement:
     def _criticised(self, step: int) -> bool:
         return step >= self.config.adversarial_start - self.config.discriminator_lead
 
+    @torch.no_grad()
+    def _move_norms(self) -> None:
+        """One power iteration of the spectral norms: in a call of its own, so that micro-batches do not count."""
+        blank = torch.zeros(1, 3, 1, 16, 16, device=self.run.device)
+        self.discriminator.train()(blank, blank)
+        self.discriminator.eval()
+
     def step(self, n: int) -> Metrics:
+        if self._criticised(n):
+            self._move_norms()
         optimizers = [self.optimizer, *([self.discriminator_optimizer] if self._criticised(n) else [])]
         return self.run.update(optimizers, lambda draws: self.loss(draws, n), n)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -10,9 +9,18 @@ import torch
 from torch import Tensor
 
 from duovsr.errors import InputError, TrainError
+from duovsr.repository import FILES
 from duovsr.train.distributed import World
 from duovsr.train.options import ExportConfig
-from duovsr.weights import FILES, find_wan, read_checkpoint, read_safetensors, read_transformer, read_wan, save_model
+from duovsr.weights import (
+    atomic_file,
+    find_wan,
+    read_checkpoint,
+    read_safetensors,
+    read_transformer,
+    read_wan,
+    save_model,
+)
 
 FINAL, BEST = "final.pt", "best.pt"
 _TRANSFORMER, _VAE, _PROMPT = FILES
@@ -42,8 +50,8 @@ def load_weights(source: Path) -> Weights:
 def _wan_weights(folder: Path) -> Weights:
     """What training starts from: a text-to-video model, widened, and its text encoder's states of the two prompts."""
     hint = (
-        f"add `{_PROMPT}` with the text encoder's states of the prompts as tensors `positive` and `null`,"
-        " zero-padded to (text_length, text_dim): (512, 4096) for Wan2.1"
+        "make it with `duovsr train encode-prompt`: the text encoder's states of the prompts as tensors `positive` and"
+        " `null`, zero-padded to (text_length, text_dim), (512, 4096) for Wan2.1"
     )
     if not (folder / _PROMPT).is_file():
         raise InputError(f"no `{_PROMPT}` in Wan2.1's folder: `{folder}`", hint=hint)
@@ -68,12 +76,8 @@ def save_atomically(weights: Mapping[str, Mapping[str, Tensor]], path: Path, wor
     for name, state in weights.items():
         if not all(tensor.isfinite().all() for tensor in state.values()):
             raise TrainError(f"weights of `{name}` are not finite: nothing was written to `{path}`")
-    partial = path.with_suffix(".part")
-    with partial.open("wb") as file:
-        torch.save(dict(weights), file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    with atomic_file(path) as partial:
+        torch.save(dict(weights), partial)
 
 
 def _blended(name: str, source: Path, config: ExportConfig) -> dict[str, Tensor]:
@@ -87,11 +91,11 @@ def _blended(name: str, source: Path, config: ExportConfig) -> dict[str, Tensor]
 
 
 def export(source: Path, out: Path, preset: str, config: ExportConfig) -> None:
-    """Write the `model` and `vae` of a finished run as model folder `out`, and its sha256 in the manifest beside it."""
+    """Write the `model` and `vae` of a finished run as model repository `out`, in place of one that was there."""
     model, vae = (_blended(name, source, config) for name in ("model", "vae"))
     transformer = {k.removeprefix("transformer."): v for k, v in model.items() if k.startswith("transformer.")}
     prompt = {k.removeprefix("prompt."): v for k, v in model.items() if k.startswith("prompt.")}
-    save_model(out.parent, out.name, preset, dict(zip(FILES, (transformer, vae, prompt), strict=True)))
+    save_model(out, preset, dict(zip(FILES, (transformer, vae, prompt), strict=True)))
 
 
 def _float(path: Path) -> dict[str, Tensor]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.lib.format import open_memmap
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -15,90 +16,120 @@ from tqdm import tqdm
 from duovsr.errors import TrainError
 from duovsr.metrics.meter import Unmeasurable
 from duovsr.model import flow
-from duovsr.train.data import PAIRS
+from duovsr.train.data import PAIRS, PAIRS_RECORD, new_array
 from duovsr.train.distributed import place
 from duovsr.train.draws import Draws
 from duovsr.train.loop import Metrics, Run, Trained, run_loop
 from duovsr.train.options import DPOConfig, PrefsConfig
-from duovsr.train.rankers import Ranker, make_rankers, rank_sum
-from duovsr.train.roles import Autoencoder, Inputs, decode, diffusion_model, encode, ode_restore, one_step
+from duovsr.train.rankers import make_rankers, rank_sum
+from duovsr.train.roles import Inputs, decode, diffusion_model, encode, ode_restore, one_step
 from duovsr.train.validation import Validation
+from duovsr.weights import atomic_file
 
-RECORD = "pairs.json"
+_PARTIAL = "pairs.partial.json"
+_SAVE_EVERY = 8  # clips
+_CLIPS_A_PAIR = 4  # looked at before there may be fewer pairs
+
+Clip = dict[str, object]  # of the record: scores, what was chosen and rejected, or why it gave no pair
 
 
 def build_pairs(run: Run, config: PrefsConfig, inputs: Inputs) -> None:
     """For each LQ window, `config.candidates` outputs of the student from different noise; the best and the worst by
-    rank-sum over the rankers are kept, as latents. Writes `pairs.npz` (float16) and `pairs.json`, which names the
-    rankers and holds every score.
+    rank-sum over the rankers are a pair. Clips on which they tie, or that cannot be measured, are replaced by others.
+
+    Writes `pairs.npy` (pairs, 3, C, T, h, w) float16, latents of LQ, chosen and rejected; then `pairs.json`, which
+    names the rankers, holds every score, and counts the pairs: the rows that are used. The same call resumes. Raises
+    TrainError where no clip gave a pair.
     """
-    pool, preset = inputs.frames(config), inputs.preset
-    vae = inputs.autoencoder(run)
-    student = diffusion_model(preset, inputs.weights("model"), run, trained=False).to(run.device)
-    rankers = make_rankers(config.rankers, run.device)
-    kept: list[np.ndarray] = []
-    record: list[dict[str, object]] = []
-    for n in tqdm(range(config.pairs), desc=run.out.name, disable=None):
-        draws = Draws.of(range(n, n + 1), seed=config.seed, step=0, part=0, device=run.device)
-        hq, lq = pool.frames(draws, config.crop, config.frames)
-        z_lq = encode(vae, lq, run)
+    run.out.mkdir(parents=True, exist_ok=True)
+    if (run.out / PAIRS_RECORD).is_file():
+        return
+    judge = _Judge(run, config, inputs)
+    clips, count = _resumed(run.out / _PARTIAL)
+    pairs = open_memmap(run.out / PAIRS, "r+") if count else None
+    most = _CLIPS_A_PAIR * config.pairs
+    with tqdm(desc=run.out.name, initial=count, total=config.pairs, disable=None) as bar:
+        while count < config.pairs and len(clips) < most:
+            clip, triple = judge(len(clips))
+            clips.append(clip)
+            if triple is not None:
+                if pairs is None:
+                    pairs = new_array(run.out / PAIRS, (config.pairs, *triple.shape))
+                pairs[count] = triple.cpu().numpy().astype(np.float16)
+                count += 1
+                bar.update()
+            if len(clips) % _SAVE_EVERY == 0:
+                _save(run.out / _PARTIAL, pairs, {"pairs": count, "clips": clips})
+    if count == 0:
+        reasons = "; ".join(sorted({str(clip["skipped"]) for clip in clips})[:3])
+        raise TrainError(f"none of {most} clips gave a pair: {reasons}", hint="the student may ignore its noise")
+    notice = f"{most} clips gave only {count} of {config.pairs} pairs" if count < config.pairs else None
+    _save(run.out / PAIRS_RECORD, pairs, {**judge.describe(), "notice": notice, "pairs": count, "clips": clips})
+    (run.out / _PARTIAL).unlink(missing_ok=True)
+
+
+def _resumed(path: Path) -> tuple[list[Clip], int]:
+    """The clips that were looked at, and the number of their pairs."""
+    if not path.is_file():
+        return [], 0
+    record: dict[str, Any] = json.loads(path.read_text())
+    return record["clips"], record["pairs"]
+
+
+def _save(path: Path, pairs: np.memmap | None, record: dict[str, object]) -> None:
+    """Note what was done, once its pairs are on the disk."""
+    if pairs is not None:
+        pairs.flush()
+    with atomic_file(path) as partial:
+        partial.write_text(json.dumps(record, indent=1) + "\n")
+
+
+class _Judge:
+    """Candidates for one clip after the other, and their ranks."""
+
+    def __init__(self, run: Run, config: PrefsConfig, inputs: Inputs) -> None:
+        self.run, self.config, self.preset, self.pool = run, config, inputs.preset, inputs.frames(config)
+        self.vae = inputs.autoencoder(run)
+        self.student = diffusion_model(self.preset, inputs.weights("model"), run, trained=False).to(run.device)
+        self.rankers = make_rankers(config.rankers, run.device)
+
+    def describe(self) -> dict[str, object]:
+        return {
+            "rankers": {ranker.name: ranker.describe() for ranker in self.rankers},
+            "combination": "sum of ranks over the rankers, lowest is best",
+            "candidates": self.config.candidates,
+        }
+
+    def __call__(self, n: int) -> tuple[Clip, Tensor | None]:
+        """The record of clip n, and LQ, chosen and rejected latents (3, C, T, h, w), if they make a pair."""
+        config = self.config
+        draws = Draws.of(range(n, n + 1), seed=config.seed, step=0, part=0, device=self.run.device)
+        hq, lq = self.pool.frames(draws, config.crop, config.frames)
+        z_lq = encode(self.vae, lq, self.run)
         try:
-            latents, scores = _candidates(
-                run, config, preset.shared_noise, student, vae, (hq, lq, z_lq), draws, rankers
-            )
+            latents, scores = self._candidates(hq, lq, z_lq, draws)
         except Unmeasurable as error:  # such as NIQE of a black clip
-            record.append({"skipped": str(error)})
-            continue
-        ranks = rank_sum(scores, rankers)
+            return {"skipped": str(error)}, None
+        ranks = rank_sum(scores, self.rankers)
+        clip: Clip = {"scores": scores, "rank_sum": ranks}
         best, worst = int(np.argmin(ranks)), int(np.argmax(ranks))
-        record.append({"scores": scores, "rank_sum": ranks, "chosen": best, "rejected": worst})
         if ranks[best] == ranks[worst]:
-            continue  # the rankers see no difference
-        triple = torch.cat([z_lq, latents[best], latents[worst]])
-        kept.append(triple.cpu().numpy().astype(np.float16))
-    if not kept:
-        raise TrainError("no LQ had candidates that differ", hint="the student may ignore its noise")
-    _write(run.out, np.stack(kept), record, rankers, config)
+            return {**clip, "skipped": "the rankers see no difference"}, None
+        return {**clip, "chosen": best, "rejected": worst}, torch.cat([z_lq, latents[best], latents[worst]])
 
-
-@torch.no_grad()
-def _candidates(
-    run: Run,
-    config: PrefsConfig,
-    shared_noise: float,
-    student: torch.nn.Module,
-    vae: Autoencoder,
-    clip: tuple[Tensor, Tensor, Tensor],
-    draws: Draws,
-    rankers: list[Ranker],
-) -> tuple[list[Tensor], list[dict[str, float]]]:
-    """Latents and scores of the candidates for (HQ, LQ, LQ latents) of one clip."""
-    hq, lq, z_lq = clip
-    latents, scores = [], []
-    for _ in range(config.candidates):
-        with run.autocast():
-            z0 = one_step(student, draws.normal_like(z_lq, shared_noise), z_lq)
-            frames = decode(vae, z0, lq)
-        latents.append(z0)
-        scores.append({ranker.name: ranker(frames.float(), hq) for ranker in rankers})
-    return latents, scores
-
-
-def _write(
-    out: Path, kept: np.ndarray, record: list[dict[str, object]], rankers: list[Ranker], config: PrefsConfig
-) -> None:
-    out.mkdir(parents=True, exist_ok=True)
-    described = {
-        "rankers": {ranker.name: ranker.describe() for ranker in rankers},
-        "combination": "sum of ranks over the rankers, lowest is best",
-        "candidates": config.candidates,
-        "pairs": len(kept),
-        "clips": record,
-    }
-    (out / RECORD).write_text(json.dumps(described, indent=1) + "\n")
-    partial = out / "pairs.part.npz"
-    np.savez(partial, z_lq=kept[:, 0], chosen=kept[:, 1], rejected=kept[:, 2])
-    os.replace(partial, out / PAIRS)
+    @torch.no_grad()
+    def _candidates(
+        self, hq: Tensor, lq: Tensor, z_lq: Tensor, draws: Draws
+    ) -> tuple[list[Tensor], list[dict[str, float]]]:
+        """Their latents and scores."""
+        latents, scores = [], []
+        for _ in range(self.config.candidates):
+            with self.run.autocast():
+                z0 = one_step(self.student, draws.normal_like(z_lq, self.preset.shared_noise), z_lq)
+                frames = decode(self.vae, z0, lq)
+            latents.append(z0)
+            scores.append({ranker.name: ranker(frames.float(), hq) for ranker in self.rankers})
+        return latents, scores
 
 
 def flow_dpo_loss(chosen: tuple[Tensor, Tensor], rejected: tuple[Tensor, Tensor], beta: float) -> tuple[Tensor, Tensor]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,14 @@ import torch
 
 from duovsr.errors import UsageError
 from duovsr.options import PRESETS, TinyVAEConfig
+from duovsr.repository import CONFIG as MODEL_RECORD
+from duovsr.repository import EMBEDDED, weights_folder
 from duovsr.train.base import train_base
 from duovsr.train.cache import cache_latents
-from duovsr.train.data import LATENTS, PAIRS, LatentPool, PairPool, Pool
-from duovsr.train.distributed import joined, wait_for_all
-from duovsr.train.journal import note_settings
+from duovsr.train.data import LATENTS, PAIRS, PAIRS_RECORD, LatentPool, PairPool, Pool
+from duovsr.train.distributed import first_alone, joined
+from duovsr.train.encode_prompt import PromptConfig, encode_prompt
+from duovsr.train.journal import SETTINGS, note_settings, refuse_others
 from duovsr.train.loop import Run
 from duovsr.train.options import (
     RECIPES,
@@ -25,6 +29,7 @@ from duovsr.train.options import (
     DualConfig,
     ExportConfig,
     LatentsConfig,
+    PoolConfig,
     PrefsConfig,
     ProgressiveConfig,
     RefineConfig,
@@ -32,16 +37,17 @@ from duovsr.train.options import (
     TuneConfig,
     VAEConfig,
 )
-from duovsr.train.pool import PoolConfig, build_pool
+from duovsr.train.pool import RECORD as POOL_RECORD
+from duovsr.train.pool import build_pool
 from duovsr.train.rankers import make_rankers
 from duovsr.train.refine import train_refine
-from duovsr.train.roles import Inputs
-from duovsr.train.runs import FINAL, export, load_weights
+from duovsr.train.roles import DiffusionModel, Inputs, fill, new_autoencoder
+from duovsr.train.runs import FINAL, export, load_weights, pick
+from duovsr.train.settings import with_settings
 from duovsr.train.stage1 import train_cfg, train_progressive
 from duovsr.train.stage2 import train_dual
 from duovsr.train.stage3 import build_pairs, train_dpo
 from duovsr.train.vae import train_vae
-from duovsr.weights import weights_folder
 
 _TRAINERS: dict[str, tuple[StageConfig, Callable[..., None]]] = {
     "vae": (VAEConfig(), train_vae),
@@ -55,7 +61,20 @@ _TRAINERS: dict[str, tuple[StageConfig, Callable[..., None]]] = {
     "refine": (RefineConfig(), train_refine),
 }
 _TINY_VAE_ONLY = ("vae", "refine", "tune")
-STAGES = ("pool", *_TRAINERS, "export", "recipe", "tune")
+_ONE_PROCESS = ("pool", "export", "tune", "encode-prompt")
+_WITHOUT_DATA = {"export": "a run", "encode-prompt": "a Wan2.1 folder"}  # from `--init` alone
+_FIRST_RANK_ONLY = ("latents", "prefs")
+STAGES = ("pool", *_TRAINERS, "export", "recipe", "tune", "encode-prompt")
+
+_FLAGS = {"preset": "--preset", "data": "--data", "held_out": "--validation", "init": "--init", "name": "NAME"}
+_UNUSED = {  # flags that a stage makes no use of; those not listed, of NAME
+    "pool": {"preset", "held_out", "init", "name"},
+    "latents": {"held_out", "name"},
+    "prefs": {"held_out", "name"},
+    "export": {"data", "held_out", "name"},
+    "recipe": {"preset"},
+    "encode-prompt": {"preset", "data", "held_out", "name"},
+}
 
 
 @dataclass(frozen=True)
@@ -64,49 +83,73 @@ class Job:
 
     stage: str
     out: Path
-    preset: str = "tiny"
+    preset: str | None = None  # None: the recipe's, or tiny
     data: tuple[Path, ...] = ()
     held_out: tuple[Path, ...] = ()
     init: Path | None = None
     name: str | None = None  # of a recipe
 
+    @property
+    def preset_name(self) -> str:
+        if self.stage == "recipe" and self.name in RECIPES:
+            return RECIPES[self.name].preset
+        return self.preset or EMBEDDED
+
 
 def resolve(job: Job, settings: list[str]) -> Any:
     """The stage's configuration with `settings` such as `steps=100`; of a recipe, {stage: configuration} with settings
-    such as `dual.steps=100`, or `dual=off` to leave a stage out. Raises UsageError."""
+    such as `dual.steps=100`, or `dual=off` to leave a stage out. Raises UsageError, also for what the stage makes no
+    use of."""
     if job.stage not in STAGES:
         raise UsageError(f"unknown stage: `{job.stage}`", hint=f"use one of: {', '.join(STAGES)}")
-    if job.preset not in PRESETS:
+    if job.stage == "recipe" and job.name not in RECIPES:
+        raise UsageError(f"unknown recipe: `{job.name}`", hint=f"use one of: {', '.join(RECIPES)}")
+    if job.preset is not None and job.preset not in PRESETS:
         raise UsageError(f"unknown preset: `{job.preset}`", hint=f"use one of: {', '.join(PRESETS)}")
-    if job.stage in _TINY_VAE_ONLY and not isinstance(PRESETS[job.preset].vae, TinyVAEConfig):
+    for flag in sorted(_UNUSED.get(job.stage, {"name"})):
+        if getattr(job, flag) and not (flag == "preset" and job.stage == "recipe" and job.preset == job.preset_name):
+            named = f"recipe `{job.name}`" if job.stage == "recipe" else f"stage `{job.stage}`"
+            raise UsageError(f"{named} makes no use of {_FLAGS[flag]}", hint="leave it out")
+    if job.stage in _TINY_VAE_ONLY and not isinstance(PRESETS[job.preset_name].vae, TinyVAEConfig):
         raise UsageError(
-            f"stage `{job.stage}` trains TinyVAE, which preset `{job.preset}` does not have", hint="use `--preset tiny`"
+            f"stage `{job.stage}` trains TinyVAE, which preset `{job.preset_name}` does not have",
+            hint="use `--preset tiny`",
         )
-    if job.stage == "recipe":
-        if job.name not in RECIPES:
-            raise UsageError(f"unknown recipe: `{job.name}`", hint=f"use one of: {', '.join(RECIPES)}")
+    if job.name is not None:
         config: Any = dict(RECIPES[job.name].stages)
     elif job.stage in _TRAINERS:
         config = _TRAINERS[job.stage][0]
     else:
-        config = {"pool": PoolConfig(), "tune": TuneConfig(), "export": ExportConfig()}[job.stage]
-    for setting in settings:
-        key, equals, value = setting.partition("=")
-        if not equals:
-            raise UsageError(f"not a setting: `{setting}`", hint="write `--set key=value`")
-        config = _with_setting(config, key.split("."), value, setting)
-    return config
+        config = {
+            "pool": PoolConfig(),
+            "tune": TuneConfig(),
+            "export": ExportConfig(),
+            "encode-prompt": PromptConfig(),
+        }[job.stage]
+    return with_settings(config, settings)
 
 
 def run_job(job: Job, config: Any) -> None:
-    """Run a stage or a recipe with its resolved configuration; the same again resumes."""
+    """Run a stage or a recipe with its resolved configuration; the same again resumes.
+
+    Raises UsageError where `job.out` has what other commands or settings made.
+    """
+    if job.stage in _ONE_PROCESS and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UsageError(f"stage `{job.stage}` is not for many processes", hint="run it without torchrun")
+    if job.stage in _WITHOUT_DATA and job.init is None:
+        raise UsageError(f"stage `{job.stage}` needs {_WITHOUT_DATA[job.stage]}", hint="add `--init FOLDER`")
+    if job.stage not in _WITHOUT_DATA and not job.data:
+        raise UsageError(f"stage `{job.stage}` needs data", hint="add `--data FOLDER`")
+    marks = {"pool": POOL_RECORD, "export": MODEL_RECORD, "recipe": None, "tune": None, "encode-prompt": None}
+    refuse_others(job.out, marks.get(job.stage, SETTINGS))
     if job.stage == "pool":
-        _need_data(job)
         build_pool(list(job.data), job.out, config)
+    elif job.stage == "encode-prompt":
+        assert job.init is not None
+        encode_prompt(job.init, job.out, PRESETS["1.3b"].transformer, config)
     elif job.stage == "export":
-        if job.init is None:
-            raise UsageError("stage `export` needs a run", hint="add `--init RUN`")
-        export(job.init, job.out, job.preset, config)
+        assert job.init is not None
+        export(job.init, job.out, job.preset_name, config)
     elif job.stage == "recipe":
         _run_recipe(job, config)
     elif job.stage == "tune":
@@ -116,28 +159,26 @@ def run_job(job: Job, config: Any) -> None:
 
 
 def _run_stage(job: Job, config: StageConfig) -> None:
-    _need_data(job)
     if config.threads:
         torch.set_num_threads(config.threads)
-    data = _open(job.data)
-    held_out = _open(job.held_out) if job.held_out else None
-    if held_out is not None and not isinstance(held_out, Pool):
-        raise UsageError("validation needs a pool of frames", hint="make one with `--set validation=true`")
+    data, held_out = _open(job.data), _held_out(job, config)
     init = None if job.init is None else load_weights(job.init)
-    inputs = Inputs(PRESETS[job.preset], data, held_out, init, job.init or Path())
-    if held_out is not None:
-        held_out.require(config.crop, config.frames)
+    inputs = Inputs(PRESETS[job.preset_name], data, held_out, init, job.init or Path())
+    train = _TRAINERS[job.stage][1]
     with joined(config.device) as world:
         if world.first:
-            note_settings(job.out, job.stage, job.preset, config, _named(job))
-        if world.first or job.stage not in ("latents", "prefs"):  # which are no job of many
-            _TRAINERS[job.stage][1](Run(job.out, config, world), config, inputs)
-        wait_for_all(world)
+            note_settings(job.out, job.stage, job.preset_name, config, _named(job))
+        run = Run(job.out, config, world)
+        if job.stage not in _FIRST_RANK_ONLY:
+            train(run, config, inputs)
+            return
+        with first_alone(world) as first:
+            if first:
+                train(run, config, inputs)
 
 
 def _run_recipe(job: Job, configs: dict[str, StageConfig]) -> None:
     """Each stage in `out/STAGE`, from the stage before; finished ones are passed over."""
-    assert job.name is not None
     if isinstance(prefs := configs.get("prefs"), PrefsConfig):
         make_rankers(prefs.rankers, torch.device("cpu"))  # before hours of training, not after
     elif "dpo" in configs:
@@ -146,9 +187,9 @@ def _run_recipe(job: Job, configs: dict[str, StageConfig]) -> None:
     for stage, config in configs.items():
         out = job.out / stage
         data = (job.out / "prefs",) if stage == "dpo" else job.data
-        each = replace(job, stage=stage, out=out, data=data, init=init, preset=RECIPES[job.name].preset)
-        if (out / (PAIRS if stage == "prefs" else FINAL)).exists():
-            note_settings(out, stage, each.preset, config, _named(each))  # refuses what was made with others
+        each = replace(job, stage=stage, out=out, data=data, init=init, preset=job.preset_name)
+        if (out / (PAIRS_RECORD if stage == "prefs" else FINAL)).exists():
+            note_settings(out, stage, job.preset_name, config, _named(each))  # refuses what was made with others
         else:
             _run_stage(each, config)
         init = init if stage == "prefs" else out
@@ -156,20 +197,26 @@ def _run_recipe(job: Job, configs: dict[str, StageConfig]) -> None:
 
 def _tune(job: Job, config: TuneConfig) -> None:
     """A pool of somebody's clips, a short refinement of a trained model on it, and the model folder `out/model`."""
-    _need_data(job)
-    init = job.init or weights_folder() / job.preset
-    pool = job.out / "pool"
-    if not (pool / "scale.npy").exists():
-        sampled = PoolConfig(samples=config.samples, side=config.side, seed=config.seed, stills=config.stills)
-        build_pool(list(job.data), pool, sampled)
-    run = job.out / "refine"
+    init, preset = job.init or weights_folder() / job.preset_name, PRESETS[job.preset_name]
+    weights = load_weights(init)  # all that can be refused is, before the pool takes its time
+    for name, module in (("vae", new_autoencoder(preset)), ("model", DiffusionModel(preset))):
+        fill(module, pick(weights, name, init), preset)
+    _held_out(job, config)
+    pool, run = job.out / "pool", job.out / "refine"
+    with joined(config.device):  # which refuses one that is not there
+        build_pool(list(job.data), pool, config.windows())
     _run_stage(replace(job, stage="refine", data=(pool,), init=init, out=run), config)
-    export(run, job.out / "model", job.preset, ExportConfig())
+    export(run, job.out / "model", job.preset_name, ExportConfig())
 
 
-def _need_data(job: Job) -> None:
-    if not job.data:
-        raise UsageError(f"stage `{job.stage}` needs data", hint="add `--data FOLDER`")
+def _held_out(job: Job, config: StageConfig) -> Pool | None:
+    if not job.held_out:
+        return None
+    pool = _open(job.held_out)
+    if not isinstance(pool, Pool):
+        raise UsageError("validation needs a pool of frames", hint="make one with `--set validation=true`")
+    pool.require(config.crop, config.frames)
+    return pool
 
 
 def _open(folders: tuple[Path, ...]) -> Pool | LatentPool | PairPool:
@@ -184,37 +231,3 @@ def _open(folders: tuple[Path, ...]) -> Pool | LatentPool | PairPool:
 
 def _named(job: Job) -> dict[str, object]:
     return {"data": list(map(str, job.data)), "held_out": list(map(str, job.held_out)), "init": str(job.init)}
-
-
-def _with_setting(config: Any, path: list[str], value: str, setting: str) -> Any:
-    name, *rest = path
-    if isinstance(config, dict) and name in config:
-        if not rest and value == "off":
-            return {stage: each for stage, each in config.items() if stage != name}
-        if rest:
-            return {**config, name: _with_setting(config[name], rest, value, setting)}
-    if not is_dataclass(config) or isinstance(config, type) or name not in {field.name for field in fields(config)}:
-        raise UsageError(f"unknown setting: `{setting}`", hint="see the stage's configuration with `--dry-run`")
-    current = getattr(config, name)
-    if is_dataclass(current) and not rest:
-        raise UsageError(f"not a single value: `{setting}`", hint=f"set a part of it, `{name}.PART=VALUE`")
-    if rest:
-        return replace(config, **{name: _with_setting(current, rest, value, setting)})
-    return replace(config, **{name: _parse(value, current, setting)})
-
-
-def _parse(value: str, current: Any, setting: str) -> Any:
-    """`value` in the type of the value that it replaces."""
-    try:
-        if isinstance(current, bool):
-            return {"true": True, "false": False}[value.lower()]
-        if isinstance(current, tuple):
-            parts = value.split(",")
-            if all(isinstance(old, str) for old in current):
-                return tuple(parts)
-            if len(parts) != len(current):
-                raise ValueError
-            return tuple(type(old)(new) for old, new in zip(current, parts, strict=True))
-        return type(current)(value)
-    except (KeyError, ValueError, TypeError) as error:
-        raise UsageError(f"unsupported value: `{setting}`", hint=f"its default is `{current}`") from error

@@ -87,28 +87,65 @@ def bit_depth(pix_fmt: av.VideoFormat) -> int:
     return max(component.bits for component in pix_fmt.components)
 
 
-class FrameToRgb:
-    """Converts the decoded frames of one stream. `tags` must come from `decoding_tags`."""
+def picture_tags(picture: av.VideoFrame) -> ColorTags:
+    """A decoded picture's tags, as far as they can be true of its pixel format."""
+    tags = ColorTags(picture.color_primaries, picture.color_trc, picture.colorspace, picture.color_range)
+    if picture.format.is_rgb or picture.format.has_palette:
+        return ColorTags(tags.primaries, tags.transfer, RGB, FULL)
+    # Some YUV files claim matrix 0 or the reserved 3; "yuvj" and gray formats are full range by convention.
+    matrix = UNSPECIFIED if tags.matrix in (RGB, 3) else tags.matrix
+    by_format = FULL if picture.format.name.startswith(("yuvj", "gray", "ya", "mono")) else 0
+    return ColorTags(tags.primaries, tags.transfer, matrix, tags.range or by_format)
 
-    def __init__(self, tags: ColorTags, depth: int) -> None:
+
+class FrameToRgb:
+    """Converts the decoded frames of one stream, to `size` (width, height) where it is given. `tags` must come from
+    `decoding_tags`."""
+
+    def __init__(self, tags: ColorTags, depth: int, size: tuple[int, int] | None = None) -> None:
         self._tags = tags
         self._depth = next((bits for bits in (8, 10, 12, 14) if depth <= bits), 16)
+        self._size = size
         self._reformatter = VideoReformatter()
 
-    def __call__(self, frame: av.VideoFrame) -> np.ndarray:
-        """(H, W, 3) RGB: uint8 for 8-bit streams, else uint16 on the full 16-bit scale."""
-        if self._tags.matrix == RGB:
-            pix_fmt = "rgb24" if self._depth == 8 else "rgb48le"
-            return self._reformat(frame, pix_fmt).to_ndarray()
-        frame.colorspace, frame.color_range = self._tags.matrix, self._tags.range
-        if self._depth == 8:
-            return self._reformat(frame, "rgb24").to_ndarray()
+    def __call__(self, frame: av.VideoFrame, alpha: bool = False) -> np.ndarray:
+        """(H, W, 3) RGB, or with `alpha` (H, W, 4) RGBA: uint8 for 8-bit streams, else uint16 on the full 16-bit scale.
+
+        A frame without transparency is opaque; colours are not premultiplied.
+        """
+        deep = self._depth > 8
+        if _is_gray(frame.format):
+            return self._gray_to_rgb(frame, alpha)
+        if self._tags.matrix != RGB:
+            frame.colorspace, frame.color_range = self._tags.matrix, self._tags.range
+        if self._tags.matrix == RGB or not deep:
+            layout = ("rgba64le" if deep else "rgba") if alpha else ("rgb48le" if deep else "rgb24")
+            return self._reformat(frame, layout).to_ndarray()
         # swscale's 16-bit RGB puts white at 65280 or 65472, by range; its chroma resampling is exact: use only that.
-        planes = _planes(self._reformat(frame, f"yuv444p{self._depth}le"))
-        return _yuv_to_rgb16(planes, self._tags, self._depth)
+        planes = _planes(self._reformat(frame, f"yuv{'a' * alpha}444p{self._depth}le"))
+        rgb = _yuv_to_rgb16(planes[:3], self._tags, self._depth)
+        return np.dstack([rgb, self._scaled(planes[3], FULL)]) if alpha else rgb
+
+    def _gray_to_rgb(self, frame: av.VideoFrame, alpha: bool) -> np.ndarray:
+        # From gray to gray, swscale keeps the codes; to RGB, it would take them for full range whatever their tag.
+        depth = "" if self._depth == 8 else f"{self._depth}le"
+        value = self._scaled(_planes(self._reformat(frame, f"gray{depth}"))[0], self._tags.range)
+        if not alpha:
+            return np.dstack([value] * 3)
+        return np.dstack([value] * 3 + [self._scaled(_planes(self._reformat(frame, f"yuva444p{depth}"))[3], FULL)])
+
+    def _scaled(self, codes: np.ndarray, code_range: int) -> np.ndarray:
+        """(H, W) codes of luma or alpha on the full scale of the output's type."""
+        unit = 2 ** (self._depth - 8)
+        black, white = (16 * unit, 235 * unit) if code_range == LIMITED else (0, 2**self._depth - 1)
+        dtype = np.uint8 if self._depth == 8 else np.uint16
+        top = np.iinfo(dtype).max
+        values = (np.arange(2**self._depth) - black) * (top / (white - black))
+        return np.rint(values).clip(0, top).astype(dtype)[codes]
 
     def _reformat(self, frame: av.VideoFrame, pix_fmt: str) -> av.VideoFrame:
-        return self._reformatter.reformat(frame, format=pix_fmt, interpolation=_SWSCALE_FLAGS)
+        width, height = self._size or (frame.width, frame.height)
+        return self._reformatter.reformat(frame, width, height, pix_fmt, interpolation=_SWSCALE_FLAGS)
 
 
 class RgbToFrame:
@@ -120,11 +157,14 @@ class RgbToFrame:
         self._depth = bit_depth(av.VideoFormat(pix_fmt))
         self._reformatter = VideoReformatter()
 
-    def __call__(self, pixels: np.ndarray) -> av.VideoFrame:
-        """A tagged frame, without a pts, from (H, W, 3) uint8 or uint16 RGB."""
+    def __call__(self, pixels: np.ndarray, alpha: np.ndarray | None = None) -> av.VideoFrame:
+        """A tagged frame, without a pts, from (H, W, 3) uint8 or uint16 RGB, and (H, W) `alpha` of the same type."""
         if pixels.dtype == np.uint16 and self._tags.matrix != RGB:
-            frame = _rgb16_to_yuv(pixels, self._tags, self._depth)
+            frame = _rgb16_to_yuv(pixels, alpha, self._tags, self._depth)
             frame.colorspace, frame.color_range = self._tags.matrix, self._tags.range
+        elif alpha is not None:
+            pixels = np.concatenate([pixels, alpha[..., None]], axis=2)
+            frame = av.VideoFrame.from_ndarray(pixels, format="rgba" if pixels.dtype == np.uint8 else "rgba64le")
         else:
             frame = av.VideoFrame.from_ndarray(pixels, format="rgb24" if pixels.dtype == np.uint8 else "rgb48le")
         matrix = _SWSCALE_601 if self._tags.matrix == SMPTE170M else self._tags.matrix
@@ -138,6 +178,10 @@ class RgbToFrame:
         coded.color_primaries, coded.color_trc = self._tags.primaries, self._tags.transfer
         coded.colorspace, coded.color_range = self._tags.matrix, self._tags.range
         return coded
+
+
+def _is_gray(pix_fmt: av.VideoFormat) -> bool:
+    return not pix_fmt.has_palette and sum(not component.is_alpha for component in pix_fmt.components) == 1
 
 
 def _planes(frame: av.VideoFrame) -> list[np.ndarray]:
@@ -182,16 +226,19 @@ def _yuv_to_rgb16(planes: list[np.ndarray], tags: ColorTags, depth: int) -> np.n
     return rgb
 
 
-def _rgb16_to_yuv(pixels: np.ndarray, tags: ColorTags, depth: int) -> av.VideoFrame:
-    """A 4:4:4 frame of `depth`-bit codes from (H, W, 3) uint16 RGB."""
+def _rgb16_to_yuv(pixels: np.ndarray, alpha: np.ndarray | None, tags: ColorTags, depth: int) -> av.VideoFrame:
+    """A 4:4:4 or 4:4:4:4 frame of `depth`-bit codes from (H, W, 3) and (H, W) uint16."""
     height, width, _ = pixels.shape
     to_rgb, offset = _rgb_from_codes(tags, depth)
     to_codes, offset = (np.linalg.inv(to_rgb) / 65535).astype(np.float32), offset.astype(np.float32)
-    frame = av.VideoFrame(width, height, "yuv444p" if depth == 8 else f"yuv444p{depth}le")
+    layout = "yuv444p" if alpha is None else "yuva444p"
+    frame = av.VideoFrame(width, height, layout if depth == 8 else f"{layout}{depth}le")
     planes = _planes(frame)
+    if alpha is not None:  # always full range
+        planes[3][:] = np.rint(alpha.astype(np.float32) * ((2**depth - 1) / 65535))
     for band in _bands(height, width):
         codes = to_codes @ pixels[band].reshape(-1, 3).T.astype(np.float32) + offset  # (3, N)
         codes = np.rint(codes).clip(0, 2**depth - 1)
-        for plane, channel in zip(planes, codes, strict=True):
+        for plane, channel in zip(planes, codes, strict=False):  # the alpha plane is done
             plane[band] = channel.reshape(-1, width)
     return frame

@@ -5,52 +5,83 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from typing import Literal
 
 import av
 
 from duovsr.errors import DuovsrError, NoSpaceError, UsageError
+from duovsr.video.images import image_files, is_pattern
 
 CONTAINERS: dict[str, str] = {".mp4": "mp4", ".mkv": "matroska", ".mov": "mov", ".webm": "webm"}
+JOB_SUFFIX = ".duovsr"  # of the folder beside a target that holds its unfinished work
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp")
 
 
-def container_format(destination: Path) -> str:
-    """FFmpeg's name of the container that the suffix asks for. Raises `UsageError`."""
+@dataclass(frozen=True)
+class Target:
+    """What is to be written. `format_name` is FFmpeg's container, of a video or of the lossless pieces of images.
+
+    image: one picture; images: a picture a frame, named by a pattern such as `frames/%05d.png`; pipe: standard output.
+    """
+
+    path: Path
+    kind: Literal["video", "image", "images", "pipe"]
+    format_name: str
+
+
+def target_of(destination: Path, codec: str | None = None) -> Target:
+    """What the name asks for. `-` is y4m, or NUT where a codec is asked for. Raises `UsageError`."""
     suffix = destination.suffix.lower()
-    if suffix not in CONTAINERS:
-        raise UsageError(f"unsupported output type: `{destination}`", hint=f"use one of {', '.join(CONTAINERS)}")
-    return CONTAINERS[suffix]
+    if destination == Path("-"):
+        return Target(destination, "pipe", "yuv4mpegpipe" if codec is None else "nut")
+    if suffix in CONTAINERS:
+        return Target(destination, "video", CONTAINERS[suffix])
+    if suffix in PICTURES:
+        return Target(destination, "images" if is_pattern(destination) else "image", "matroska")
+    hint = f"use one of {', '.join(CONTAINERS)}, an image such as out.png, a pattern such as out/%05d.png, or -"
+    raise UsageError(f"unsupported output type: `{destination}`", hint=hint)
 
 
-def check_target(source: Path, destination: Path, overwrite: bool) -> None:
+def check_target(source: Path, destination: Path, overwrite: bool, codec: str | None = None) -> Target:
     """Raises `UsageError` if the output could not, or must not, be put at `destination`. Touches nothing."""
-    container_format(destination)
+    target = target_of(destination, codec)
+    if target.kind == "pipe":
+        return target
     folder = destination.parent
     if not folder.is_dir():
         raise UsageError(f"no such folder: `{folder}`", hint="create it first")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UsageError(f"no permission to write in `{folder}`")
     try:
         destination.lstat()
     except FileNotFoundError:
         pass
     except OSError as error:  # a name that is too long
         raise UsageError(f"cannot write `{destination}`: {error.strerror}") from error
-    if destination.is_dir():
-        raise UsageError(f"the target is a folder: `{destination}`", hint="name a file in it")
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise UsageError(f"no permission to write in `{folder}`")
-    if not os.path.lexists(destination):
-        return
-    if destination.exists():
-        if source.exists() and destination.samefile(source):
-            raise UsageError(f"the target is the source: `{destination}`", hint="give the output another name")
-        if not destination.is_file():
-            raise UsageError(f"not a regular file: `{destination}`")
+    if target.kind == "images":
+        taken = next(iter(image_files(destination)), None)
+    else:
+        taken = destination if os.path.lexists(destination) else None
+    if taken is not None:
+        _check_taken(source, taken, overwrite)
+    return target
+
+
+def _check_taken(source: Path, path: Path, overwrite: bool) -> None:
+    if path.is_dir():
+        raise UsageError(f"the target is a folder: `{path}`", hint="name a file in it")
+    if path.exists():
+        if source.exists() and path.samefile(source):
+            raise UsageError(f"the target is the source: `{path}`", hint="give the output another name")
+        if not path.is_file():
+            raise UsageError(f"not a regular file: `{path}`")
     if not overwrite:
-        raise UsageError(f"the target exists: `{destination}`", hint="use --overwrite to replace it")
+        raise UsageError(f"the target exists: `{path}`", hint="use --overwrite to replace it")
 
 
 def check_space(destination: Path, estimated_bytes: int) -> None:
@@ -75,29 +106,48 @@ def disk_errors(path: Path) -> Iterator[None]:
         raise DuovsrError(f"cannot write in `{path.parent}`: {error.strerror}") from error
 
 
-@contextmanager
-def atomic_output(destination: Path, overwrite: bool) -> Iterator[Path]:
-    """Yields a partial path next to `destination`; on success it takes the final name, on failure it is removed.
+def publish(partial: Path, destination: Path, overwrite: bool) -> None:
+    """Give the partial file, on the same disk, its final name, at once and with all data on the disk.
 
-    When the final name appears, all data is on the disk. Raises `NoSpaceError`, and `UsageError` if the target has
-    come into being meanwhile.
+    Of two runs without `overwrite` one is refused. Raises `NoSpaceError`, and `UsageError` where the target has come
+    into being meanwhile.
     """
+    taken = UsageError(f"the target exists: `{destination}`", hint="use --overwrite to replace it")
     with disk_errors(destination):
-        # A name of its own for every run, made anew: two runs at one target must not write one file.
-        descriptor, name = tempfile.mkstemp(prefix=".duovsr-", suffix=".part", dir=destination.parent)
-        os.close(descriptor)
-    partial = Path(name)
+        fsync(partial)
+        if overwrite:
+            os.replace(partial, destination)
+        else:
+            try:
+                os.link(partial, destination)  # unlike a rename, it fails where the name is taken
+                partial.unlink()
+            except FileExistsError:
+                raise taken from None
+            except OSError as error:  # a file system without hard links
+                if os.path.lexists(destination):
+                    raise taken from error
+                os.replace(partial, destination)
+        fsync_folder(destination.parent)
+
+
+def fsync(path: Path) -> None:
+    """All data of a file is on the disk."""
+    descriptor = os.open(path, os.O_RDWR)
     try:
-        yield partial
-        with disk_errors(destination):
-            os.chmod(partial, 0o666 & ~_umask())  # mkstemp's file is its owner's alone
-            _fsync(partial, os.O_RDWR)
-            _publish(partial, destination, overwrite)
-            if os.name == "posix":  # Windows can neither open nor sync a folder
-                _fsync(destination.parent, os.O_RDONLY)
-    except BaseException:  # an interrupt too must not leave a partial file
-        partial.unlink(missing_ok=True)
-        raise
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def fsync_folder(path: Path) -> None:
+    """The names in a folder are on the disk."""
+    if os.name != "posix":  # Windows can neither open nor sync a folder
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def verify_output(path: Path, expected_pts: Sequence[int], time_base: Fraction) -> None:
@@ -115,37 +165,6 @@ def verify_output(path: Path, expected_pts: Sequence[int], time_base: Fraction) 
     for index, (pts, expected) in enumerate(zip(found, sorted(expected_pts), strict=True)):
         if abs(pts * tick - expected * time_base) > tick / 2:
             raise AssertionError(f"frame {index} of `{path}` is at {pts * tick} s instead of {expected * time_base} s")
-
-
-def _publish(partial: Path, destination: Path, overwrite: bool) -> None:
-    """Give the partial file its final name, at once; of two runs without --overwrite, one is refused."""
-    taken = UsageError(f"the target exists: `{destination}`", hint="use --overwrite to replace it")
-    if overwrite:
-        os.replace(partial, destination)
-        return
-    try:
-        os.link(partial, destination)  # unlike a rename, it fails where the name is taken
-        partial.unlink()
-    except FileExistsError:
-        raise taken from None
-    except OSError as error:  # a file system without hard links
-        if os.path.lexists(destination):
-            raise taken from error
-        os.replace(partial, destination)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def _fsync(path: Path, flags: int) -> None:
-    descriptor = os.open(path, flags)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _readable(size: int) -> str:

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import chain
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, cast
 
 import av
 import numpy as np
-from av.sidedata.sidedata import SideData, SideDataContainer
 
-from duovsr.errors import InputError
-from duovsr.video.color import FrameToRgb, decoding_tags
-from duovsr.video.info import VideoInfo, main_video, open_input, probe
-
-_HDR_SIDE_DATA = ("MASTERING_DISPLAY_METADATA", "CONTENT_LIGHT_LEVEL", "DYNAMIC_HDR_PLUS", "DOVI_METADATA")
+from duovsr.errors import InputError, Remark, UsageError
+from duovsr.options import Position
+from duovsr.video.color import ColorTags, FrameToRgb, decoding_tags, picture_tags
+from duovsr.video.deinterlace import deinterlaced
+from duovsr.video.info import describe, first_picture, has_alpha, has_fields
+from duovsr.video.sidedata import SideData
+from duovsr.video.source import IMAGES_RATE, open_source
+from duovsr.video.timeline import Timeline
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,26 +34,55 @@ class Frame:
 
 
 class VideoReader:
-    """Iterates once over a clip's frames in presentation order. One decoded frame is held at a time.
+    """Iterates once over the frames of a clip, or of a piece of it, in presentation order.
 
-    `notices` has what people should know of the source; it is complete when the iteration has ended. Raises
-    `InputError` for what is not a video, an unknown colour matrix, and a size that changes in mid-stream.
+    The source (`-`: standard input) is opened once. A piece begins at the first frame at or after `start` and ends
+    before the first at or after `end`; it is found by decoding from the beginning. `frame_rate` is for a sequence of
+    images alone. One decoded picture is held at a time; of interlaced video, three. All frames have the first one's
+    size and depth.
+
+    When the iteration has ended, `notices` has what people should know of the source, and `window` the times in
+    seconds of the piece's first frame and of the first frame after it, each None where it was not asked for or not
+    reached. Raises `InputError` for what is not a video, an unknown colour matrix and images of several sizes, and
+    `UsageError` for a piece without frames and a frame rate for a source that has its own times.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.info = probe(path)
+    def __init__(
+        self,
+        path: Path,
+        *,
+        deinterlace: bool = True,
+        start: Position | None = None,
+        end: Position | None = None,
+        frame_rate: Fraction | None = None,
+    ) -> None:
+        _check_piece(start, end)
         self.notices: list[str] = []
-        self.frames_read = 0
-        self._to_rgb = _converter(self.info)
-        self._container = open_input(path)
-        self._stream = main_video(self._container, path)
-        rate = self.info.frame_rate or Fraction(25)
-        self._step = max(1, round(1 / (rate * self.info.time_base)))
-        self._last_pts: int | None = None
-        self._misplaced = 0
-        self._damaged_packets = 0
-        self._damaged_pictures = 0
-        self._demuxed_until = Fraction(0)
+        self.window: tuple[Fraction | None, Fraction | None] = (None, None)
+        self.frames_read = 0  # decoded, wanted or not
+        self._start, self._end = start, end
+        self._interlaced = self._damaged = self._rescaled = 0
+        self._late_alpha = False
+        self._source = open_source(path, frame_rate)
+        try:
+            pictures = self._source.pictures()
+            first = first_picture(self._source, pictures)
+            self.info = describe(self._source, first)
+            step = 1 / ((self.info.frame_rate or IMAGES_RATE) * self.info.time_base)
+            self._timeline = Timeline(self._source.start_pts, max(1, round(step)))
+            self._pictures = chain([first], pictures)
+            self._deinterlace = deinterlace and has_fields(self.info.codec)
+            self._coded_size = first.width, first.height
+            self._tags: ColorTags | None = None
+            self._form = _form(first)
+            self._to_rgb = self._converter(first)
+            side_data = SideData(first)
+            self._orientation = side_data.orientation
+        except BaseException:
+            self._source.close()
+            raise
+        if side_data.has_dynamic_hdr:
+            self.notices.append("dynamic HDR metadata (HDR10+, Dolby Vision) is not kept")
 
     def __enter__(self) -> VideoReader:
         return self
@@ -59,117 +90,118 @@ class VideoReader:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._container.close()
+        self._source.close()
 
     def __iter__(self) -> Iterator[Frame]:
-        orientation = _Orientation()
-        for picture in self._decode():
-            if self.frames_read == 0:
-                # Of the first picture alone: looking at side data leaves a frame to the cycle collector, late.
-                self.notices += _losses(picture)
-                orientation = _Orientation.of(picture)
-            pixels = orientation.upright(self._to_rgb(picture))
-            height, width, _ = pixels.shape
-            if (width, height) != (self.info.width, self.info.height):
-                raise InputError(
-                    f"the size changes from {self.info.width}x{self.info.height} to {width}x{height}"
-                    f" at frame {self.frames_read} of `{self.info.path}`",
-                    hint="split the file where the size changes",
-                )
-            self._damaged_pictures += picture.is_corrupt
-            self._last_pts = self._place(picture.pts)
+        pictures = self._placed()
+        if self._deinterlace:
+            pictures = deinterlaced(pictures, self.info.time_base)
+        empty = True
+        for picture in self._wanted(pictures):
+            yield self._frame(picture)
+            empty = False
+        if empty:
+            raise self._no_frame()
+        self.notices += [*self._source.notices, *self._findings()]
+
+    def _placed(self) -> Iterator[av.VideoFrame]:
+        """All pictures that decode, each with its place in time."""
+        for picture in self._pictures:
+            picture.pts = self._timeline.place(picture.pts)
             self.frames_read += 1
-            yield Frame(pixels, self._last_pts, self.info.time_base)
-        self.notices += self._findings()
+            self._damaged += picture.is_corrupt
+            self._interlaced += picture.interlaced_frame
+            yield picture
 
-    def _decode(self) -> Iterator[av.VideoFrame]:
-        packets = self._container.demux()
-        while True:
-            try:
-                packet = next(packets, None)
-            except av.error.FFmpegError:  # the container is broken from here on
-                self._damaged_packets += 1
-                packet = None
-            if packet is None:
-                break
-            if packet.pts is not None:
-                end = (packet.pts + (packet.duration or 0)) * packet.time_base
-                self._demuxed_until = max(self._demuxed_until, end)
-            if packet.stream_index == self._stream.index and packet.size:
-                yield from self._pictures(packet)
-        yield from self._pictures(None)  # what the decoder still holds back for reordering
+    def _wanted(self, pictures: Iterable[av.VideoFrame]) -> Iterator[av.VideoFrame]:
+        """The pictures of the piece; sets `window`."""
+        first_time: Fraction | None = None
+        for number, picture in enumerate(pictures):
+            assert picture.pts is not None, "every picture has its place by now"
+            time = picture.pts * self.info.time_base
+            first_time = time if first_time is None else first_time
+            if self._end is not None and _is_reached(self._end, number, time - first_time):
+                self.window = self.window[0], time
+                return
+            if self._start is not None:
+                if not _is_reached(self._start, number, time - first_time):
+                    continue
+                self.window = (time if self.window[0] is None else self.window[0]), None
+            yield picture
 
-    def _pictures(self, packet: av.Packet[Any] | None) -> Iterator[av.VideoFrame]:
-        try:
-            yield from self._stream.decode(packet)
-        except av.error.InvalidDataError:
-            self._damaged_packets += 1
+    def _frame(self, picture: av.VideoFrame) -> Frame:
+        if self._source.stills:
+            self._orientation = SideData(picture).orientation
+        if (form := _form(picture)) != self._form:
+            self._form, self._to_rgb = form, self._converter(picture)
+            self._late_alpha |= has_alpha(picture, self.info.codec) and not self.info.has_alpha
+        self._rescaled += not self._source.stills and (picture.width, picture.height) != self._coded_size
+        assert picture.pts is not None, "every picture has its place by now"
+        pixels = self._orientation.upright(self._to_rgb(picture, self.info.has_alpha))
+        if not self.info.has_alpha:
+            return Frame(pixels, picture.pts, self.info.time_base)
+        alpha = np.ascontiguousarray(pixels[..., 3])
+        return Frame(np.ascontiguousarray(pixels[..., :3]), picture.pts, self.info.time_base, alpha)
 
-    def _place(self, pts: int | None) -> int:
-        """A frame without a pts, or one not after the frame before, takes the next regular place on the timeline."""
-        if pts is not None and (self._last_pts is None or pts > self._last_pts):
-            return pts
-        self._misplaced += 1
-        return (self._stream.start_time or 0) if self._last_pts is None else self._last_pts + self._step
+    def _converter(self, picture: av.VideoFrame) -> FrameToRgb:
+        """For this picture's tags, or, where a later one has tags that nobody knows, for those before it."""
+        tags = picture_tags(picture)
+        known = decoding_tags(tags, picture.width, picture.height) or self._tags
+        if known is None:
+            raise InputError(f"unsupported colour matrix {tags.matrix} (H.273) in `{self.info.path}`")
+        self._tags = known
+        return FrameToRgb(known, self.info.bit_depth, None if self._source.stills else self._coded_size)
 
     def _findings(self) -> list[str]:
-        findings = []
-        if self._misplaced:
-            findings.append(f"{self._misplaced} frames had no usable timestamp and were placed by the frame rate")
-        if self._damaged_packets or self._damaged_pictures or self._cut_off():
-            of = f" of {self.info.num_frames}" if self.info.num_frames else ""
-            damaged = f", {self._damaged_pictures} of them with visible damage" if self._damaged_pictures else ""
+        findings: list[str] = []
+        if self._interlaced and has_fields(self.info.codec):
+            share = "the video is" if self._interlaced == self.frames_read else f"{self._interlaced} frames are"
+            kept = "deinterlaced with bwdif" if self._deinterlace else "the fields are upscaled as they are woven"
+            findings.append(Remark(f"{share} interlaced: {kept}"))
+        if self._rescaled:
+            size = f"{self._coded_size[0]}x{self._coded_size[1]}"
+            findings.append(f"the size changes in mid-stream: {self._rescaled} frames were rescaled to {size}")
+        if self._late_alpha:
+            findings.append("transparency that begins after the first frame is not kept")
+        if self._timeline.misplaced:
+            findings.append(
+                f"{self._timeline.misplaced} frames had no usable timestamp and follow the ones before them"
+            )
+        whole = self.window[1] is None
+        if self._source.damaged or self._damaged or (whole and self._source.is_incomplete(self.frames_read)):
+            of = f" of {self.info.num_frames}" if self.info.num_frames and whole else ""
+            damaged = f", {self._damaged} of them with visible damage" if self._damaged else ""
             findings.append(f"damaged input: decoded {self.frames_read}{of} frames{damaged}")
         return findings
 
-    def _cut_off(self) -> bool:
-        """Whether all streams end well before the container says they do: a truncated mkv gives no other sign."""
-        if not self._container.duration or not self._demuxed_until:
-            return False
-        end = Fraction((self._container.start_time or 0) + self._container.duration, av.time_base)
-        return end - self._demuxed_until > max(2 * self._step * self.info.time_base, Fraction(1, 2))
+    def _no_frame(self) -> UsageError:
+        if self.window[1] is not None:
+            return UsageError(f"no frame of `{self.info.path}` lies between start and end", hint=_PIECE_HINT)
+        return UsageError(
+            f"the piece starts after the end of `{self.info.path}`", hint=f"it has {self.frames_read} frames"
+        )
 
 
-def _converter(info: VideoInfo) -> FrameToRgb:
-    sides = (info.width, info.height) if info.rotation % 180 == 0 else (info.height, info.width)
-    tags = decoding_tags(info.color, *sides)
-    if tags is None:
-        raise InputError(f"unsupported colour matrix {info.color.matrix} (H.273) in `{info.path}`")
-    return FrameToRgb(tags, info.bit_depth)
+_PIECE_HINT = "the end is the first frame that is not wanted"
 
 
-class _Orientation(NamedTuple):
-    """A display matrix as a transposition and flips, which covers mirrored pictures and rotated ones."""
-
-    transposed: bool = False
-    flip_x: bool = False
-    flip_y: bool = False
-
-    @classmethod
-    def of(cls, picture: av.VideoFrame) -> _Orientation:
-        matrix = _side_data(picture, "DISPLAYMATRIX")
-        if matrix is None:
-            return cls()
-        a, b, _, c, d = np.frombuffer(memoryview(matrix), np.int32)[:5].tolist()  # x' = a x + c y, y' = b x + d y
-        return cls(True, c < 0, b < 0) if abs(b) > abs(a) else cls(False, a < 0, d < 0)
-
-    def upright(self, pixels: np.ndarray) -> np.ndarray:
-        if self.transposed:
-            pixels = pixels.swapaxes(0, 1)
-        return np.ascontiguousarray(pixels[:: -1 if self.flip_y else 1, :: -1 if self.flip_x else 1])
+def _check_piece(start: Position | None, end: Position | None) -> None:
+    begin = start or Position(Fraction(0), 0)
+    if end is None:
+        return
+    pairs = ((begin.frame, end.frame), (begin.seconds, end.seconds))
+    if any(first is not None and last is not None and first >= last for first, last in pairs):
+        raise UsageError("the piece ends before it starts", hint=_PIECE_HINT)
 
 
-def _side_data(picture: av.VideoFrame, kind: str) -> SideData | None:
-    return cast(SideDataContainer, picture.side_data).get(kind)
+def _is_reached(position: Position, number: int, elapsed: Fraction) -> bool:
+    """Whether the frame of this number, `elapsed` s after the first, is at or after the position."""
+    if position.frame is not None:
+        return number >= position.frame
+    assert position.seconds is not None, "a position is a frame or a time"
+    return elapsed >= position.seconds
 
 
-def _losses(picture: av.VideoFrame) -> list[str]:
-    """What the first picture has that RGB frames do not carry on."""
-    losses = []
-    if picture.interlaced_frame:
-        losses.append("the video is interlaced: its fields are upscaled as they are woven into frames")
-    if any(component.is_alpha for component in picture.format.components):
-        losses.append("transparency is not kept")
-    if any(_side_data(picture, kind) for kind in _HDR_SIDE_DATA):
-        losses.append("HDR10 mastering data is not kept")
-    return losses
+def _form(picture: av.VideoFrame) -> tuple[int, int, str, ColorTags]:
+    """What a conversion depends on."""
+    return picture.width, picture.height, picture.format.name, picture_tags(picture)

@@ -3,44 +3,100 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
+from typing import Any, Protocol, cast
 
 import av
+from av.audio.stream import AudioStream
 from av.container import OutputContainer
-from av.stream import AttachmentStream, DataStream, Discard, Stream
+from av.stream import AttachmentStream, DataStream, Discard, Disposition, Stream
+from av.subtitles.stream import SubtitleStream
 from av.video.stream import VideoStream
 
+from duovsr.errors import Remark
 from duovsr.video.info import codec_name, main_video, open_input
+from duovsr.video.sound import SoundConverter, encoders_for
+from duovsr.video.subtitles import KINDS, SubtitleConverter
+from duovsr.video.window import WHOLE, Window
+
+__all__ = ["StreamCopier", "Window"]
 
 # Keys that describe the source file itself and would be false, or noise, in the output.
 _FILE_KEYS = {"encoder", "major_brand", "minor_version", "compatible_brands"}
-_PICTURE_KEYS = {"encoder", "rotate", "duration", "bps", "number_of_frames", "number_of_bytes"}
+_STREAM_KEYS = {"encoder", "rotate", "duration", "bps", "number_of_frames", "number_of_bytes"}
+_STREAM_KEYS |= {"_statistics_tags", "_statistics_writing_app", "_statistics_writing_date_utc"}
+# QuickTime numbers its languages, and FFmpeg's mov muxer knows one ISO 639-2 spelling of each.
+_MOV_LANGUAGES = dict(
+    pair.split("/")
+    for pair in "deu/ger fre/fra nld/dut swe/sve ell/gre isl/ice zho/chi cze/ces slo/slk rum/ron msa/may eus/baq"
+    " fas/per kat/geo hye/arm".split()
+)
+_IMAGE_TYPES = {"mjpeg": "jpg", "png": "png"}  # of cover art, as Matroska attaches it
+_LONGEST = 2**31 - 1  # ticks of a packet, beyond which mp4's muxer fails
+_INTERLEAVING = 10  # seconds; no file keeps its streams further apart
+
+
+class _Route(Protocol):
+    """The way of one stream's packets into the target; `None` is the end of the stream."""
+
+    stream: Any
+    damaged: int
+
+    def convert(self, packet: av.Packet[Any] | None) -> Iterable[av.Packet[Any]]: ...
+
+
+class _Copy:
+    def __init__(self, stream: Stream) -> None:
+        self.stream = stream
+        self.damaged = 0
+
+    def convert(self, packet: av.Packet[Any] | None) -> Iterable[av.Packet[Any]]:
+        if packet is not None:
+            packet.stream = self.stream
+            yield packet
 
 
 class StreamCopier:
     """Copies what `source` has beside its main video into `target`, in step with a video that is being written.
 
-    To be made after the video stream was added to `target` and before the header is written. `notices` names what the
-    target's container cannot hold.
+    To be made after the video stream was added to `target` and before the header is written. What the container does
+    not hold is converted where there is a way. `notices` names what is converted and what is not kept; `audio` and
+    `subtitles` leave out theirs without a word.
     """
 
-    def __init__(self, source: Path, target: OutputContainer, video: VideoStream) -> None:
+    def __init__(
+        self,
+        source: Path,
+        target: OutputContainer,
+        video: VideoStream,
+        *,
+        window: Window = WHOLE,
+        audio: bool = True,
+        subtitles: bool = True,
+    ) -> None:
         self.notices: list[str] = []
         self._target = target
+        self._window = window
+        self._left_out = {kind for kind, wanted in (("audio", audio), ("subtitle", subtitles)) if not wanted}
         self._input = open_input(source)
-        self._copies: dict[int, Stream] = {}
+        self._routes: dict[int, _Route] = {}
+        self._covers: list[av.Packet[Any]] = []
         self._refused = 0
         main = main_video(self._input, source)
         self._copy_file_properties()
         self._copy_properties(main, video)
+        self._settle_timecode(video)
         for stream in self._input.streams:
-            if stream.index != main.index:
-                self._add(stream)
-            if stream.index not in self._copies:
+            if stream.index != main.index and stream.type not in self._left_out:
+                self._add(source, stream)
+            if stream.index not in self._routes:
                 stream.discard = Discard.all  # the demuxer skips it: the video is not read from the disk twice
-        self._packets = self._demux()
+        self._packets = self._flow()
         self._pending = next(self._packets, None)
 
     def copy_until(self, time: Fraction) -> None:
@@ -52,69 +108,148 @@ class StreamCopier:
         """Writes what is left, and completes `notices`."""
         while self._pending is not None:
             self._copy_pending()
-        if self._refused:
-            self.notices.append(f"{self._refused} damaged packets of sound or subtitles were not copied")
+        damaged = self._refused + sum(route.damaged for route in self._routes.values())
+        if damaged:
+            self.notices.append(f"{damaged} damaged packets of sound or subtitles were not copied")
 
     def close(self) -> None:
         self._input.close()
 
-    def _add(self, stream: Stream) -> None:
+    def _add(self, source: Path, stream: Stream) -> None:
         label = f"{stream.type} stream #{stream.index} ({codec_name(stream)})"
+        container = self._target.format.name
         if isinstance(stream, VideoStream):
-            self.notices.append(f"{label} is not kept: only the main video is")
-            return
-        if isinstance(stream, DataStream):
+            if not stream.disposition & Disposition.attached_pic:
+                self.notices.append(f"{label} is not kept: only the main video is")
+            elif not self._add_cover(source, stream):
+                self.notices.append(f"cover art #{stream.index} is not kept: {container} does not hold it")
+        elif isinstance(stream, DataStream):
             # Chapter and timecode tracks of mp4/mov: the muxer makes them anew from the chapters and the metadata.
             if stream.name not in ("bin_data", "tmcd", None):
                 self.notices.append(f"{label} is not kept")
-            return
-        if isinstance(stream, AttachmentStream) and self._target.format.name != "matroska":
-            name = stream.metadata.get("filename", f"#{stream.index}")
-            self.notices.append(f"attachment `{name}` is not kept: only mkv holds it")
-            return
-        if not self._is_held(stream):
-            self.notices.append(f"{label} is not kept: {self._target.format.name} does not hold it")
-            return
-        copy = self._target.add_stream_from_template(stream)
-        self._copy_properties(stream, copy)
-        if not isinstance(stream, AttachmentStream):  # an attachment's payload is in the header
-            self._copies[stream.index] = copy
+        elif isinstance(stream, AttachmentStream):
+            if container == "matroska":
+                self._target.add_stream_from_template(stream)  # its payload goes into the header
+            else:
+                name = stream.metadata.get("filename", f"#{stream.index}")
+                self.notices.append(f"attachment `{name}` is not kept: only mkv holds it")
+        else:
+            self._add_track(stream, label)
 
-    def _is_held(self, stream: Stream) -> bool:
+    def _add_track(self, stream: Stream, label: str) -> None:
+        """Sound or subtitles: as they are, else as another kind, else not at all."""
+        container = self._target.format.name
+        route: _Route | None = None
+        if isinstance(stream, AudioStream) and stream.codec_context and not _has_format(stream):
+            self.notices.append(f"{label} is not kept: none of it decodes")  # and muxers fail on it at the very end
+            return
+        if self._is_held(lambda trial: trial.add_stream_from_template(stream)):
+            route = _Copy(self._target.add_stream_from_template(stream))
+        elif isinstance(stream, SubtitleStream) and stream.codec_context and stream.codec_context.codec.text_sub:
+            kind = KINDS[container]
+            if self._is_held(lambda trial: SubtitleConverter(stream, trial, kind)):
+                route = SubtitleConverter(stream, self._target, kind)
+                self.notices.append(Remark(f"{label} is converted to {kind}: {container} does not hold it"))
+        elif isinstance(stream, AudioStream) and stream.codec_context:
+            for encoder in encoders_for(stream, container):
+                if self._is_held(partial(SoundConverter, stream, encoder=encoder)):
+                    route = SoundConverter(stream, self._target, encoder)
+                    name = codec_name(route.stream)
+                    self.notices.append(Remark(f"{label} is converted to {name}: {container} does not hold it"))
+                    break
+        if route is None:
+            self.notices.append(f"{label} is not kept: {container} does not hold it")
+            return
+        self._copy_properties(stream, route.stream)
+        self._routes[stream.index] = route
+
+    def _is_held(self, add: Callable[[OutputContainer], object]) -> bool:
         """Whether the container takes such a stream: asked of the muxer, with a file in memory."""
-        with av.open(io.BytesIO(), "w", format=self._target.format.name) as trial:
-            try:
-                trial.add_stream_from_template(stream)
-                trial.start_encoding()
-            except (ValueError, av.error.FFmpegError):
-                return False
+        trial = av.open(io.BytesIO(), "w", format=self._target.format.name)
+        try:
+            add(trial)
+            trial.start_encoding()
+        except (ValueError, av.error.FFmpegError):
+            return False
+        finally:
+            with suppress(av.error.FFmpegError):  # some streams cannot end before they have begun
+                trial.close()
+        return True
+
+    def _add_cover(self, source: Path, stream: VideoStream) -> bool:
+        """Cover art: a picture that players show for the file. False: there is no place for it."""
+        container, kind = self._target.format.name, _IMAGE_TYPES.get(codec_name(stream))
+        if kind is None or container not in ("mp4", "matroska"):
+            return False
+        with open_input(source) as other:
+            packet = next((packet for packet in other.demux(other.streams[stream.index]) if packet.size), None)
+        if packet is None:
+            return False
+        if container == "matroska":
+            name = stream.metadata.get("filename", f"cover.{kind}")
+            self._target.add_attachment(name, "image/png" if kind == "png" else "image/jpeg", bytes(packet))
+            return True
+        copy = self._target.add_stream_from_template(stream, opaque=True)
+        self._copy_properties(stream, copy)
+        copy.disposition = Disposition.attached_pic  # and nothing else, or the muxer takes it for a second video
+        packet.stream, packet.pts, packet.dts = copy, 0, 0
+        self._covers.append(packet)
         return True
 
     def _copy_file_properties(self) -> None:
         self._target.metadata.update(_without(self._input.metadata, _FILE_KEYS))
-        chapters = self._input.chapters()
+        chapters = self._window.chapters(self._input.chapters())
         if chapters:
             self._target.set_chapters(chapters)
 
     def _copy_properties(self, stream: Stream, copy: Stream) -> None:
-        keys = _PICTURE_KEYS if isinstance(stream, VideoStream) else {"encoder"}
-        copy.metadata.update(_without(stream.metadata, keys))
+        changed = isinstance(stream, VideoStream) or self._window != WHOLE or copy.name != stream.name
+        copy.metadata.update(_without(stream.metadata, _STREAM_KEYS if changed else {"encoder"}))
+        language = copy.metadata.get("language")
+        if language in _MOV_LANGUAGES and self._target.format.name == "mov":
+            copy.metadata["language"] = _MOV_LANGUAGES[language]
         copy.disposition = stream.disposition
 
-    def _demux(self) -> Iterator[av.Packet[Stream]]:
-        if not self._copies:
+    def _settle_timecode(self, video: VideoStream) -> None:
+        """mp4 and mov make a timecode track of such metadata, and fail where it makes no sense."""
+        keys = [(held.metadata, key) for held in (video, self._target) for key in held.metadata]
+        for metadata, key in [(metadata, key) for metadata, key in keys if key.lower() == "timecode"]:
+            reason = None
+            if self._window.start:
+                reason = "it counts from the start of the whole video"
+            elif self._target.format.name in ("mp4", "mov") and not _is_timecode(metadata[key], video.average_rate):
+                rate = f"{video.average_rate} frames a second" if video.average_rate else "an unknown frame rate"
+                reason = f"`{metadata[key]}` does not go with {rate}"
+            if reason is not None:
+                del metadata[key]
+                notice = f"the timecode is not kept: {reason}"
+                self.notices += [notice] if notice not in self.notices else []
+
+    def _flow(self) -> Iterator[av.Packet[Any]]:
+        """All packets to be written, in order, at their times in the output."""
+        yield from self._covers
+        if not self._routes:
             return
+        window = self._window
         try:
             for packet in self._input.demux():
-                if packet.stream_index in self._copies and packet.size:  # PyAV ends each stream with an empty packet
-                    yield packet
+                if packet.stream_index not in self._routes or not packet.size:  # PyAV's sign of a stream's end
+                    continue
+                if window.end is not None and _decoding_time(packet) > window.end + _INTERLEAVING:
+                    break
+                if not 0 <= (packet.duration or 0) <= _LONGEST:
+                    packet.duration = 0
+                route = self._routes[packet.stream_index]
+                if window.place(packet, clip=isinstance(packet.stream, SubtitleStream)):
+                    yield from route.convert(packet)
         except av.error.FFmpegError:
             self.notices.append("sound and subtitles end early: the source is damaged")
+        for route in self._routes.values():
+            yield from route.convert(None)
 
     def _copy_pending(self) -> None:
         packet = self._pending
         assert packet is not None
-        packet.stream = self._copies[packet.stream_index]
         try:
             self._target.mux(packet)
         except av.error.ArgumentError:  # a timestamp that goes back, which no container takes
@@ -122,9 +257,23 @@ class StreamCopier:
         self._pending = next(self._packets, None)
 
 
-def _decoding_time(packet: av.Packet[Stream]) -> Fraction:
+def _has_format(stream: AudioStream) -> bool:
+    """Whether FFmpeg found out how samples look: of damaged sound, PyAV's format is None, against its own types."""
+    return cast("object", stream.codec_context.format) is not None
+
+
+def _decoding_time(packet: av.Packet[Any]) -> Fraction:
     timestamp = packet.dts if packet.dts is not None else packet.pts
     return Fraction(0) if timestamp is None else timestamp * packet.time_base
+
+
+def _is_timecode(text: str, rate: Fraction | None) -> bool:
+    """Whether FFmpeg's muxers take it, as hours:minutes:seconds:frames; a `;` drops numbers, at 30000/1001 a second."""
+    parts = re.fullmatch(r"(\d\d):(\d\d):(\d\d)([:;.])(\d\d+)", text)
+    if parts is None or not rate:
+        return False
+    drops = parts[4] != ":"
+    return int(parts[5]) < round(rate) and (not drops or (rate.denominator == 1001 and round(rate) % 30 == 0))
 
 
 def _without(metadata: dict[str, str], keys: set[str]) -> dict[str, str]:

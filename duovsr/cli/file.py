@@ -1,0 +1,81 @@
+"""One file: refused early where it can be, upscaled, and reported."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+from duovsr.cli.show import file_record, print_json, say_result, show_plan
+from duovsr.cli.signals import StopRequest, resumable
+from duovsr.errors import EXIT_WARNINGS, UsageError
+from duovsr.options import UpscaleOptions
+from duovsr.progress import Reporter
+
+if TYPE_CHECKING:
+    from duovsr.engine.upscaler import Upscaler
+    from duovsr.video.info import VideoInfo
+    from duovsr.video.output import Target
+
+_PIPE = Path("-")
+
+
+def upscale_file(
+    source: Path, destination: Path, options: UpscaleOptions, load: Callable[[], Upscaler], dry_run: bool, as_json: bool
+) -> None:
+    """`load` is called once bad input and bad targets are refused: it takes seconds."""
+    from duovsr.engine.batch import job_folder
+    from duovsr.video.output import check_target
+
+    _check_pipes(source, destination, dry_run, as_json)
+    target = check_target(source, destination, options.overwrite or dry_run, options.codec)
+    info = None if source == _PIPE else _look(source, target, options)
+    if dry_run:
+        assert info is not None, "a dry run is of a file"
+        _show_estimate(load(), info, options, as_json)
+        return
+    with resumable(lambda: source != _PIPE and job_folder(destination).exists()):
+        upscaler = load()
+        with Reporter() as reporter, StopRequest() as should_stop:
+            report = upscaler.upscale_file(source, destination, options, partial(reporter, source.name), should_stop)
+    say_result(destination, report)
+    if as_json:
+        print_json(file_record(source, destination, report))
+    if report.warnings:
+        raise typer.Exit(EXIT_WARNINGS)
+
+
+def _check_pipes(source: Path, destination: Path, dry_run: bool, as_json: bool) -> None:
+    if source == _PIPE and dry_run:
+        raise UsageError("--dry-run cannot look into a pipe", hint="give a file as SRC")
+    if destination != _PIPE or dry_run:
+        return
+    if as_json:
+        raise UsageError(
+            "--json and the video would share standard output", hint="write to a file, or leave out --json"
+        )
+    if sys.stdout.isatty():
+        raise UsageError("`-` would write the video to the terminal", hint="duovsr upscale ... - | ffplay -")
+
+
+def _look(source: Path, target: Target, options: UpscaleOptions) -> VideoInfo:
+    """What the source is. Raises InputError for what is not a video, UsageError for what cannot be made of it."""
+    from duovsr.video.codecs import encoding_for
+    from duovsr.video.reader import VideoReader
+
+    with VideoReader(source, start=options.start, end=options.end, frame_rate=options.frame_rate) as reader:
+        info = reader.info
+    size = options.target_size(info.width, info.height)
+    encoding_for(target, info, size, options)
+    return info
+
+
+def _show_estimate(upscaler: Upscaler, info: VideoInfo, options: UpscaleOptions, as_json: bool) -> None:
+    from duovsr.engine.bench import seconds_per_frame
+
+    plan = upscaler.plan(info.width, info.height, options)
+    show_plan(plan, info.num_frames, seconds_per_frame(upscaler, plan, options), as_json)

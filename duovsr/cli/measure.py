@@ -1,0 +1,66 @@
+"""`duovsr bench`, `eval` and `doctor`: what the machine and the outputs are worth."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from duovsr.cli.parameters import Device, Dtype, Json, Model
+from duovsr.cli.show import print_json, say, show, show_scores
+from duovsr.errors import EXIT_WARNINGS
+from duovsr.options import UpscaleOptions
+
+
+def bench(
+    clip: Annotated[Path | None, typer.Argument(metavar="[CLIP]", help="Default: a synthetic 320x180 clip.")] = None,
+    scale: Annotated[float, typer.Option(help="Factor of both sides, 1 to 4.")] = 4.0,
+    model: Model = "tiny",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    repeat: Annotated[int, typer.Option(min=1, help="Measured runs; the median is shown.")] = 3,
+    as_json: Json = False,
+) -> None:
+    """Measure load time, the share of every stage, speed and peak memory."""
+    from duovsr.engine.bench import run_bench
+
+    result = run_bench(clip, UpscaleOptions(scale=scale), model=model, device=device, dtype=dtype, repeat=repeat)
+    show(result, as_json)
+
+
+def evaluate_command(
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="An upscaled clip, or a folder of clips.")],
+    ref: Annotated[Path | None, typer.Option(help="The truth: a clip, or a folder paired by name.")] = None,
+    lq: Annotated[Path | None, typer.Option(help="Without a truth: what OUT was made from.")] = None,
+    niqe_parameters: Annotated[Path | None, typer.Option(help="NIQE's parameters. Default: from the hub.")] = None,
+    metric: Annotated[list[str] | None, typer.Option(help="Only this metric; may be repeated.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure quality: PSNR, SSIM, VMAF, NIQE and warping error."""
+    from duovsr.metrics.evaluate import evaluate
+
+    report = evaluate(
+        output,
+        ref=ref,
+        lq=lq,
+        niqe_parameters=niqe_parameters,
+        metrics=metric or None,
+        on_clip=lambda clip: say(f"{clip.name}: {clip.frames} frames"),
+    )
+    if as_json:
+        print_json(report.to_json())
+    else:
+        show_scores(report)
+    for name, reason in report.skipped.items():
+        say(f"skipped: {name}: {reason}")
+
+
+def doctor(as_json: Json = False) -> None:
+    """Show devices, versions, codecs and model files; exit code 1 if something needed is broken."""
+    from duovsr.engine.doctor import examine
+
+    findings, problems = examine()
+    show({**findings, "problems": problems}, as_json)
+    if problems:
+        raise typer.Exit(EXIT_WARNINGS)

@@ -1,0 +1,153 @@
+"""`duovsr upscale`: its flags, and what they say."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from duovsr.cli.file import upscale_file
+from duovsr.cli.folder import upscale_folder
+from duovsr.cli.parameters import Device, Dtype, Json, Model
+from duovsr.errors import UsageError
+from duovsr.options import Position, UpscaleOptions
+
+if TYPE_CHECKING:
+    from duovsr.engine.upscaler import Upscaler
+
+
+def upscale(
+    source: Annotated[
+        Path,
+        typer.Argument(
+            metavar="SRC",
+            help="A video, an image, images as frames/%05d.png or a folder of them, a folder of videos, or -.",
+        ),
+    ],
+    destination: Annotated[
+        Path,
+        typer.Argument(metavar="DST", help="A .mp4, .mkv, .mov or .webm, image(s), a folder of videos, or -."),
+    ],
+    scale: Annotated[float, typer.Option(help="Factor of both sides, 1 to 4.")] = 4.0,
+    size: Annotated[str | None, typer.Option(metavar="WxH", help="Target size instead of a scale.")] = None,
+    model: Model = "tiny",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    seed: Annotated[int, typer.Option(help="Of the noise that detail is drawn from.")] = 0,
+    strength: Annotated[
+        float | None, typer.Option(help="0: faithful, 1: full detail. Default: the model's own.")
+    ] = None,
+    chunk: Annotated[int | None, typer.Option(help="Frames a model call. Default: by memory.")] = None,
+    overlap: Annotated[
+        int | None,
+        typer.Option(help="Make chunks independent, each warmed up by so many frames. Default: state is carried over."),
+    ] = None,
+    tile: Annotated[str, typer.Option(help="Side of a tile in output pixels, `auto` or `off`.")] = "auto",
+    color: Annotated[str, typer.Option(help="Colour transfer from the source: wavelet, adain or none.")] = "wavelet",
+    start: Annotated[str | None, typer.Option(help="Where to begin: 90.5, 0:01:30.5, or a frame: 2250f.")] = None,
+    end: Annotated[str | None, typer.Option(help="The first time or frame that is not wanted.")] = None,
+    fps: Annotated[str | None, typer.Option(help="Frame rate of images: 24 or 24000/1001. Default: 25.")] = None,
+    no_audio: Annotated[bool, typer.Option("--no-audio", help="Leave the sound out.")] = False,
+    no_subs: Annotated[bool, typer.Option("--no-subs", help="Leave subtitles out.")] = False,
+    no_deinterlace: Annotated[bool, typer.Option("--no-deinterlace", help="Take fields as they are woven.")] = False,
+    no_scene_cuts: Annotated[
+        bool, typer.Option("--no-scene-cuts", help="Carry the model's state over cuts, too.")
+    ] = False,
+    codec: Annotated[
+        str | None, typer.Option(help="h264, hevc, av1, vp9, prores, ffv1 (lossless), or one with _nvenc.")
+    ] = None,
+    crf: Annotated[int | None, typer.Option(help="Quality of the codec; lower is better.")] = None,
+    pix_fmt: Annotated[str | None, typer.Option(help="Pixel format, such as yuv444p10le.")] = None,
+    encoder_opt: Annotated[
+        list[str] | None, typer.Option(metavar="KEY=VALUE", help="The encoder's own, as preset=slow; may be repeated.")
+    ] = None,
+    recursive: Annotated[bool, typer.Option("--recursive", help="Of a folder: with its subfolders.")] = False,
+    pattern: Annotated[
+        str | None, typer.Option(metavar="GLOB", help="Of a folder: only such names, as '*.mp4' or '*.png'.")
+    ] = None,
+    suffix: Annotated[
+        str, typer.Option(metavar="TEXT", help="Of a folder: what outputs' names end with, as _x4 or _x4.mkv.")
+    ] = "",
+    restart: Annotated[bool, typer.Option("--restart", help="Discard an unfinished job and begin anew.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing target.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and a measured estimate only.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Upscale a video, with its sound and its timing. What was interrupted goes on with the same command."""
+    options = UpscaleOptions(
+        scale=scale,
+        size=_parse_size(size),
+        seed=seed,
+        strength=strength,
+        chunk=chunk,
+        overlap=overlap,
+        tile=_parse_tile(tile),
+        color=color,  # type: ignore[arg-type]  # checked by UpscaleOptions
+        codec=codec,
+        crf=crf,
+        pix_fmt=pix_fmt,
+        encoder_options=tuple(map(_parse_encoder_option, encoder_opt or ())),
+        start=None if start is None else Position.parse(start),
+        end=None if end is None else Position.parse(end),
+        frame_rate=_parse_frame_rate(fps),
+        audio=not no_audio,
+        subtitles=not no_subs,
+        deinterlace=not no_deinterlace,
+        scene_cuts=not no_scene_cuts,
+        restart=restart,
+        overwrite=overwrite,
+    )
+    load = partial(_load, model, device, dtype)
+    from duovsr.engine.batch import Selection, is_batch
+
+    selection = Selection(recursive, pattern, suffix)
+    if is_batch(source, selection):
+        upscale_folder(source, destination, selection, options, load, dry_run, as_json)
+    elif selection != Selection():
+        raise UsageError(
+            f"not a folder of videos: `{source}`", hint="--recursive, --pattern and --suffix are for folders of videos"
+        )
+    else:
+        upscale_file(source, destination, options, load, dry_run, as_json)
+
+
+def _load(model: str, device: str, dtype: str) -> Upscaler:
+    from duovsr.engine.upscaler import Upscaler
+
+    return Upscaler.from_preset(model, device=device, dtype=dtype)
+
+
+def _parse_size(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    width, _, height = text.lower().partition("x")
+    if not (width.isdecimal() and height.isdecimal()):
+        raise UsageError(f"unsupported size: `{text}`", hint="use `--size WIDTHxHEIGHT`, such as 1280x720")
+    return int(width), int(height)
+
+
+def _parse_tile(text: str) -> int | None:
+    if text in ("auto", "off"):
+        return None if text == "auto" else 0
+    if not text.isdecimal() or int(text) == 0:
+        raise UsageError(f"unsupported tile: `{text}`", hint="use `auto`, `off` or a number of pixels")
+    return int(text)
+
+
+def _parse_frame_rate(text: str | None) -> Fraction | None:
+    if text is None:
+        return None
+    try:
+        return Fraction(text)
+    except (ValueError, ZeroDivisionError) as error:
+        raise UsageError(f"unsupported frame rate: `{text}`", hint="use a number such as 24 or 24000/1001") from error
+
+
+def _parse_encoder_option(text: str) -> tuple[str, str]:
+    key, equals, value = text.partition("=")
+    if not (key and equals):
+        raise UsageError(f"unsupported encoder option: `{text}`", hint="use `--encoder-opt KEY=VALUE`: preset=slow")
+    return key, value

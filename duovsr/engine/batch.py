@@ -1,0 +1,185 @@
+"""A folder of videos: which files are meant, what their outputs are called, and one after another with one model."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from duovsr.errors import DuovsrError, InputError, Interrupted, NoSpaceError, UsageError
+from duovsr.options import Progress, UpscaleOptions
+from duovsr.video.images import IMAGE_SUFFIXES, VIDEO_SUFFIXES, is_sequence, natural_order
+from duovsr.video.output import CONTAINERS, JOB_SUFFIX, PICTURES, disk_errors
+
+if TYPE_CHECKING:
+    from duovsr.engine.files import UpscaleReport
+    from duovsr.engine.upscaler import Upscaler
+
+_WRITTEN = (*CONTAINERS, *PICTURES)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which files of a folder are meant, and what their outputs are called.
+
+    `pattern` is of names, and reaches images too. `suffix` comes after the name, and may bring a container: `_x4.mkv`.
+    """
+
+    recursive: bool = False
+    pattern: str | None = None
+    suffix: str = ""
+
+
+@dataclass(frozen=True)
+class Item:
+    source: Path
+    target: Path
+
+    @property
+    def is_finished(self) -> bool:
+        """A target is whole if it exists: nothing stands under its name before."""
+        return self.target.is_file()
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one file. `report` is there if it is done, `reason`, a line, if it failed."""
+
+    item: Item
+    status: Literal["done", "skipped", "failed", "to do"]
+    report: UpscaleReport | None = None
+    reason: str = ""
+
+
+def job_folder(destination: Path) -> Path:
+    """Where the unfinished work on a target lies, if there is any."""
+    return destination.with_name(destination.name + JOB_SUFFIX)
+
+
+def is_batch(source: Path, selection: Selection) -> bool:
+    """Whether `source` is a folder of clips; one of images alone is one clip unless `selection` reaches into it."""
+    if not source.is_dir():
+        return False
+    with _read_errors(source):
+        return selection.recursive or selection.pattern is not None or not is_sequence(source)
+
+
+def find_items(source: Path, destination: Path, selection: Selection) -> list[Item]:
+    """The files of the folder `source`, in natural order (2 before 10), and their places in the folder `destination`.
+
+    Hidden files, job folders and what is in `destination` are left out. Raises `UsageError`, or `InputError` if there
+    is nothing. Touches nothing.
+    """
+    _check_folders(source, destination)
+    if Path(f"x{selection.suffix}").name != f"x{selection.suffix}":
+        raise UsageError(f"unsupported suffix: `{selection.suffix}`", hint="use an ending of a name, such as _x4.mkv")
+    items = []
+    for path in _clips(source, destination, selection):
+        place = destination / path.relative_to(source)
+        items.append(Item(path, place.with_name(output_name(path.name, selection.suffix))))
+    if not items:
+        wanted = "videos" if selection.pattern is None else f"videos or images named `{selection.pattern}`"
+        hint = None if selection.recursive else "use --recursive to look into its folders, too"
+        raise InputError(f"no {wanted} in `{source}`", hint=hint)
+    _check_targets(items)
+    return items
+
+
+def output_name(name: str, suffix: str) -> str:
+    """What the output of the input `name` is called, whatever lies beside it: `a.mp4` stays, `a.avi` is `a.avi.mkv`.
+
+    The input's container is kept where duovsr writes it. Where it changes, the whole name is kept: the outputs of
+    `a.avi` and `a.mkv` are two.
+    """
+    stem, dot, container = name.rpartition(".")
+    container = dot + container
+    if Path(f"x{suffix}").suffix.lower() in _WRITTEN:
+        ending = suffix
+    elif container.lower() in _WRITTEN:
+        ending = suffix + container
+    else:
+        ending = suffix + (".png" if container.lower() in IMAGE_SUFFIXES else ".mkv")
+    return (stem if ending.lower().endswith(container.lower()) else name) + ending
+
+
+def upscale_items(
+    upscaler: Upscaler,
+    items: Sequence[Item],
+    options: UpscaleOptions,
+    on_progress: Callable[[Item, Progress], None] | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> Iterator[Outcome]:
+    """Upscale one file after another; each is reported with 0 frames when it begins, and yielded when it ends.
+
+    What fails does not stop the rest, but for a full disk (`NoSpaceError`), which all others would meet, and
+    `should_stop` (`Interrupted`). The unfinished are gone on with by the same call.
+    """
+    for item in items:
+        if should_stop():
+            raise Interrupted(f"interrupted before `{item.source}`")
+        report_progress = None if on_progress is None else partial(on_progress, item)
+        if report_progress is not None:
+            report_progress(Progress(0, None))
+        try:
+            with disk_errors(item.target):
+                item.target.parent.mkdir(parents=True, exist_ok=True)
+            report = upscaler.upscale_file(item.source, item.target, options, report_progress, should_stop)
+        except (NoSpaceError, Interrupted):
+            raise
+        except DuovsrError as error:
+            yield Outcome(item, "failed", reason=f"{error} ({error.hint})" if error.hint else str(error))
+        except Exception as error:  # noqa: BLE001 - a bug that one file shows must not cost the others
+            yield Outcome(item, "failed", reason=f"a bug: {type(error).__name__}: {error}".splitlines()[0])
+        else:
+            yield Outcome(item, "done", report)
+
+
+def _check_folders(source: Path, destination: Path) -> None:
+    is_file = os.path.lexists(destination) or destination == Path("-") or destination.suffix.lower() in _WRITTEN
+    if is_file and not destination.is_dir():
+        raise UsageError(f"the target of a folder is a folder, not `{destination}`", hint="name a folder")
+    if not destination.parent.is_dir():
+        raise UsageError(f"no such folder: `{destination.parent}`", hint="create it first")
+    if destination.is_dir() and destination.samefile(source):
+        raise UsageError(f"the target folder is the source folder: `{source}`", hint="name another folder")
+
+
+def _clips(folder: Path, destination: Path, selection: Selection) -> Iterator[Path]:
+    suffixes = VIDEO_SUFFIXES if selection.pattern is None else VIDEO_SUFFIXES | IMAGE_SUFFIXES
+    with _read_errors(folder):
+        paths = sorted(folder.iterdir(), key=natural_order)
+    for path in paths:
+        if path.name.startswith(".") or path.name.endswith(JOB_SUFFIX):
+            continue
+        if path.is_dir():
+            is_target = destination.is_dir() and path.samefile(destination)
+            if selection.recursive and not path.is_symlink() and not is_target:  # links may lead in a circle
+                yield from _clips(path, destination, selection)
+        elif path.suffix.lower() in suffixes and (selection.pattern is None or fnmatch(path.name, selection.pattern)):
+            yield path
+
+
+def _check_targets(items: Sequence[Item]) -> None:
+    sources = {item.source.resolve() for item in items}
+    taken: dict[str, Item] = {}
+    for item in items:
+        if item.target.resolve() in sources:
+            raise UsageError(f"the target of `{item.source}` is an input: `{item.target}`", hint="use a --suffix")
+        other = taken.setdefault(str(item.target).casefold(), item)  # some file systems know no case
+        if other is not item:
+            message = f"`{other.source}` and `{item.source}` would both become `{item.target}`"
+            raise UsageError(message, hint="rename one of them")
+
+
+@contextmanager
+def _read_errors(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"cannot read the folder `{folder}`: {error.strerror}") from error
+

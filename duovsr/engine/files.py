@@ -1,0 +1,286 @@
+"""One file, from path to path: read, restored, encoded piece by piece, put together, verified, put in place."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field, replace
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from duovsr import __version__
+from duovsr.engine.chunks import Chunk
+from duovsr.engine.jobs import Job, States, fingerprint
+from duovsr.engine.pipeline import BackgroundSink, prefetch
+from duovsr.engine.plan import Plan
+from duovsr.errors import InputError, Interrupted, Remark, UsageError
+from duovsr.model.resize import resize_plane
+from duovsr.options import Progress, UpscaleOptions
+from duovsr.video.codecs import Encoding, encoding_for
+from duovsr.video.encoder import VideoEncoder
+from duovsr.video.images import image_files, kind_of
+from duovsr.video.info import PIPE, VideoInfo
+from duovsr.video.mux import join_pieces, rehearse
+from duovsr.video.output import Target, check_space, check_target, publish, verify_output
+from duovsr.video.pictures import write_pictures
+from duovsr.video.reader import Frame, VideoReader
+from duovsr.video.remux import Window
+
+if TYPE_CHECKING:
+    from duovsr.engine.upscaler import Upscaler
+
+PIECE_FRAMES = 48  # at least; each begins with a keyframe, and a crash costs at most one
+_NOT_PIXELS = ("audio", "subtitles", "overwrite", "restart")  # options that change nothing in the pieces
+_NO_PIXELS = np.empty((0, 0, 3), np.uint8)
+
+
+@dataclass
+class StageTimes:
+    """Seconds spent by the model's thread; `decode` and `encode` are what it waited for the threads beside it."""
+
+    decode: float = 0.0
+    copies: float = 0.0  # frames to the device, resized there, and back
+    model: float = 0.0
+    color: float = 0.0
+    encode: float = 0.0
+
+
+@dataclass(frozen=True)
+class UpscaleReport:
+    """What was done to one file. `reused` of its frames were there from an earlier, interrupted run."""
+
+    frames: int
+    reused: int
+    seconds: float
+    plan: Plan
+    notices: tuple[str, ...]
+    stages: StageTimes
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """The notices of what is not as it was in the source, or not as it was asked for."""
+        return tuple(notice for notice in self.notices if not isinstance(notice, Remark))
+
+
+@dataclass(frozen=True)
+class _PieceEnd:
+    number: int
+    states: States
+    notices: list[str]
+
+
+@dataclass
+class _Work:
+    """What the parts of one run share."""
+
+    upscaler: Upscaler
+    options: UpscaleOptions
+    plan: Plan
+    info: VideoInfo
+    encoding: Encoding
+    on_progress: Callable[[Progress], None] | None
+    should_stop: Callable[[], bool]
+    stages: StageTimes = field(default_factory=StageTimes)
+    notices: list[str] = field(default_factory=list)
+    frames: int = 0  # handed on
+    reused: int = 0
+
+    def count(self, frames: int) -> None:
+        self.frames += frames
+        if self.on_progress is not None:
+            self.on_progress(Progress(self.frames, self.info.num_frames))
+
+
+def upscale_file(
+    upscaler: Upscaler,
+    source: Path,
+    destination: Path,
+    options: UpscaleOptions,
+    on_progress: Callable[[Progress], None] | None,
+    should_stop: Callable[[], bool],
+) -> UpscaleReport:
+    """See `Upscaler.upscale_file`."""
+    target = check_target(source, destination, options.overwrite, options.codec)
+    began = time.monotonic()
+    with VideoReader(
+        source,
+        deinterlace=options.deinterlace,
+        start=options.start,
+        end=options.end,
+        frame_rate=options.frame_rate,
+    ) as reader:
+        info = reader.info
+        if target.kind == "image" and (info.num_frames or 1) > 1:
+            hint = "write a pattern such as frames/%05d.png, or a video"
+            raise UsageError(f"a clip does not fit one image: `{destination}`", hint=hint)
+        plan = upscaler.plan(info.width, info.height, options)
+        encoding = encoding_for(target, info, plan.target_size, options)
+        work = _Work(upscaler, options, plan, info, encoding, on_progress, should_stop)
+        if target.kind == "pipe":
+            _to_pipe(work, reader, target)
+        else:
+            rehearse(target, info, *plan.target_size, encoding)
+            check_space(destination, 2 * _estimate_bytes(info, plan))  # pieces, and the file
+            with Job(destination, _identity(work), plan, restart=options.restart or source == PIPE) as job:
+                work.plan = job.plan
+                _make_pieces(work, reader, job)
+                _put_together(work, reader, job, target)
+        notices = [*reader.notices, *encoding.notices, *work.notices]
+    seconds = time.monotonic() - began
+    return UpscaleReport(work.frames, work.reused, seconds, work.plan, tuple(dict.fromkeys(notices)), work.stages)
+
+
+def _identity(work: _Work) -> dict[str, Any]:
+    """All that the pixels depend on, but for the plan, which a job keeps."""
+    options = {key: str(value) for key, value in asdict(work.options).items() if key not in _NOT_PIXELS}
+    source = work.info.path
+    return {
+        "duovsr": __version__,
+        "source": None if source == PIPE else fingerprint(image_files(source) or [source]),
+        "model": work.upscaler.model.fingerprint(),
+        "device": work.plan.device,
+        "dtype": work.plan.dtype,
+        "encoder": asdict(replace(work.encoding, notices=())),
+        "options": options,
+        "piece_frames": PIECE_FRAMES,
+    }
+
+
+def _make_pieces(work: _Work, reader: VideoReader, job: Job) -> None:
+    """Decode everything from the start, and restore and encode the chunks of pieces that the job needs.
+
+    What is there already is decoded again, which is quick beside the model, and makes chunks, scenes and places equal
+    to those of an uninterrupted run.
+    """
+    depth = 2 * work.plan.chunk
+    writer = _PieceWriter(work, job)
+    states: States | None = None  # unknown
+    number, in_piece, stopped = 0, 0, False
+    with (
+        prefetch(reader, depth) as decoded,
+        ExitStack() as on_failure,
+        BackgroundSink(writer, depth) as sink,
+    ):
+        on_failure.callback(writer.abandon)
+        times: deque[Frame] = deque()  # of frames inside the model, without their pixels
+        for chunk in work.upscaler.chunks(_pixels(decoded, times), work.plan, work.options, work.stages):
+            shown = [times.popleft() for _ in range(len(chunk.frames) - chunk.warm_up)]
+            if job.needs(number):
+                if states is None and not chunk.fresh:
+                    states = job.load_states(number, work.upscaler.model.device)
+                states = _restore(work, chunk, shown, states, sink)
+            else:
+                states = None
+                work.reused += len(shown)
+            work.count(len(shown))
+            in_piece += len(shown)
+            if in_piece >= PIECE_FRAMES:
+                if states is not None:
+                    sink.put(_PieceEnd(number, states, list(work.notices)))
+                number, in_piece = number + 1, 0
+                if stopped := work.should_stop():
+                    break
+        if in_piece and states is not None:
+            sink.put(_PieceEnd(number, states, list(work.notices)))
+    if stopped:
+        raise Interrupted(f"interrupted: {work.frames} frames of `{work.info.path}` are done")
+    work.notices[:] = map(Remark, job.notices)  # the plan's steps down
+
+
+class _PieceWriter:
+    """Consumes frames and ends of pieces, in the encoding thread."""
+
+    def __init__(self, work: _Work, job: Job) -> None:
+        self._work, self._job = work, job
+        self._encoder: VideoEncoder | None = None
+
+    def __call__(self, item: Frame | _PieceEnd) -> None:
+        work = self._work
+        if isinstance(item, Frame):
+            if self._encoder is None:
+                self._encoder = VideoEncoder(self._job.partial, work.info, *work.plan.target_size, work.encoding)
+            self._encoder.write(item)
+            return
+        assert self._encoder is not None
+        encoder, self._encoder = self._encoder, None
+        encoder.close()
+        self._job.commit(item.number, encoder, item.states, item.notices)
+
+    def abandon(self) -> None:
+        if self._encoder is not None:
+            self._encoder.abandon()
+
+
+def _put_together(work: _Work, reader: VideoReader, job: Job, target: Target) -> None:
+    pieces, options, info = job.pieces(), work.options, work.info
+    if not pieces:
+        raise InputError(f"no video frame can be decoded: `{info.path}`")
+    start, end = reader.window
+    shift = Fraction(0) if start is None else -start
+    first = pieces[0].pts[0] * info.time_base + shift
+    if first < 0:  # containers cannot show it: all streams move together
+        shift -= first
+    partial = job.folder / "output.part"
+    if target.kind != "video":
+        write_pictures(pieces, partial, target, options.overwrite)
+    else:
+        work.notices += join_pieces(
+            pieces,
+            partial,
+            target.format_name,
+            info,
+            work.encoding,
+            Window(start, end, shift),
+            copy_streams=info.path != PIPE and kind_of(info.path) == "video",
+            audio=options.audio,
+            subtitles=options.subtitles,
+        )
+        ticks = (shift / info.time_base).numerator
+        verify_output(partial, [pts + ticks for piece in pieces for pts in piece.pts], info.time_base)
+        publish(partial, target.path, options.overwrite)
+    job.remove()
+
+
+def _to_pipe(work: _Work, reader: VideoReader, target: Target) -> None:
+    """Straight through: what went down a pipe cannot be gone on with."""
+    depth = 2 * work.plan.chunk
+    encoder = VideoEncoder(
+        sys.stdout.buffer, work.info, *work.plan.target_size, work.encoding, target.format_name, numbered=False
+    )
+    states: States | None = None
+    with encoder, prefetch(reader, depth) as decoded, BackgroundSink(encoder.write, depth) as sink:
+        times: deque[Frame] = deque()
+        for chunk in work.upscaler.chunks(_pixels(decoded, times), work.plan, work.options, work.stages):
+            shown = [times.popleft() for _ in range(len(chunk.frames) - chunk.warm_up)]
+            states = _restore(work, chunk, shown, states, sink)
+            work.count(len(shown))
+            if work.should_stop():
+                raise Interrupted(f"interrupted: {work.frames} frames of `{work.info.path}` went out")
+
+
+def _restore(work: _Work, chunk: Chunk, shown: list[Frame], states: States | None, sink: BackgroundSink[Any]) -> States:
+    """Restore a chunk and hand its frames, at the times of `shown`, to the encoder."""
+    outputs, states = work.upscaler.restore_chunk(chunk, states, work.plan, work.options, work.stages, work.notices)
+    waited = time.perf_counter()
+    for frame, output in zip(shown, outputs, strict=True):
+        alpha = None if frame.alpha is None else resize_plane(frame.alpha, *work.plan.target_size)
+        sink.put(replace(frame, pixels=output, alpha=alpha))
+    work.stages.encode += time.perf_counter() - waited
+    return states
+
+
+def _pixels(frames: Iterator[Frame], times: deque[Frame]) -> Iterator[np.ndarray]:
+    for frame in frames:
+        times.append(replace(frame, pixels=_NO_PIXELS))
+        yield frame.pixels
+
+
+def _estimate_bytes(info: VideoInfo, plan: Plan) -> int:
+    """A guess of the output's size, 0.2 bytes a pixel and frame: only a disk that is all but full is refused early."""
+    return int((info.num_frames or 0) * plan.target_size[0] * plan.target_size[1] * 0.2)

@@ -1,0 +1,265 @@
+"""Resumable work: a folder beside the target that holds finished pieces, a journal, and the model's latest states."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import av
+import torch
+from filelock import FileLock, Timeout
+
+from duovsr.engine.plan import Plan
+from duovsr.errors import UsageError
+from duovsr.model.one_step import RestoreState
+from duovsr.model.tiny_vae import VAEState
+from duovsr.model.transformer import TransformerState
+from duovsr.video.encoder import VideoEncoder
+from duovsr.video.mux import Piece
+from duovsr.video.output import JOB_SUFFIX, disk_errors, fsync, fsync_folder
+
+States = tuple[RestoreState | None, ...]  # one a tile
+
+_STATES_KEPT = 2  # the last is for going on, the one before in case the last piece turns out to be damaged
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A line of the journal: what a piece holds, and how to tell that it still does."""
+
+    piece: int
+    pts: list[int]
+    reordering: int
+    bytes: int
+    sha256: str
+    state_sha256: str | None  # of the state that the next piece starts from
+    notices: list[str]
+
+
+class Job:
+    """The unfinished work on one target: `TARGET.duovsr/`. Open for one process at a time.
+
+    `identity` is all that the pixels depend on; a folder of another identity is refused, or discarded by `restart`.
+    `plan` is the recorded one, whatever memory is free today. Nothing in the folder is trusted: a piece counts if its
+    size and sha256 are those of its journal line. Leaving the context keeps the folder if it holds a piece.
+    """
+
+    def __init__(self, destination: Path, identity: dict[str, Any], plan: Plan, *, restart: bool) -> None:
+        self.folder = destination.with_name(destination.name + JOB_SUFFIX)
+        self.plan = plan
+        self._destination = destination
+        self._entries: dict[int, _Entry] = {}
+        self._redo: set[int] = set()
+        self._lock = FileLock(self.folder / "lock")
+        with disk_errors(self.folder):
+            self.folder.mkdir(exist_ok=True)
+        self._take_lock()
+        try:
+            with disk_errors(self.folder / "job.json"):
+                self._open(json.loads(json.dumps(identity)), restart)
+        except BaseException:
+            self._lock.release()
+            raise
+
+    def __enter__(self) -> Job:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if not self._entries:
+            shutil.rmtree(self.folder, ignore_errors=True)
+        self._lock.release()
+
+    @property
+    def notices(self) -> list[str]:
+        """Of the pieces, each once."""
+        return list(dict.fromkeys(notice for entry in self._entries.values() for notice in entry.notices))
+
+    def needs(self, piece: int) -> bool:
+        """Whether the piece has to be made: it is missing, damaged, or its states lead to one that is."""
+        return piece in self._redo or piece not in self._entries
+
+    def path(self, piece: int) -> Path:
+        return self.folder / f"piece_{piece:06d}.mkv"
+
+    @property
+    def partial(self) -> Path:
+        """Of the piece that is being written."""
+        return self.folder / "piece.part"
+
+    def load_states(self, piece: int, device: torch.device) -> States:
+        """The states that the piece starts from; only of pieces that `needs` asks for after one it does not."""
+        with torch.serialization.safe_globals([RestoreState, VAEState, TransformerState]):
+            states: States = torch.load(self._state_path(piece), map_location=device, weights_only=True)
+        return states
+
+    def commit(self, piece: int, encoder: VideoEncoder, states: States, notices: Sequence[str]) -> None:
+        """Take the encoder's closed file as the piece; `states` are what the next one starts from."""
+        partial, path = self.partial, self.path(piece)
+        if (found := _count_packets(partial)) != len(encoder.written_pts):
+            raise AssertionError(f"`{partial}` has {found} packets of {len(encoder.written_pts)} frames")
+        with disk_errors(path):
+            state_sha256 = None if self.plan.overlap is not None else self._save_states(piece + 1, states)
+            fsync(partial)
+            entry = _Entry(
+                piece=piece,
+                pts=list(encoder.written_pts),
+                reordering=encoder.reordering,
+                bytes=partial.stat().st_size,
+                sha256=_sha256(partial),
+                state_sha256=state_sha256,
+                notices=list(notices),
+            )
+            os.replace(partial, path)
+            fsync_folder(self.folder)
+            with (self.folder / "journal.jsonl").open("a") as journal:
+                journal.write(json.dumps(vars(entry)) + "\n")
+                journal.flush()
+                os.fsync(journal.fileno())
+            self._state_path(piece + 1 - _STATES_KEPT).unlink(missing_ok=True)
+        self._entries[piece] = entry
+        self._redo.discard(piece)
+
+    def pieces(self) -> list[Piece]:
+        """All pieces in order, once none is needed any more."""
+        return [
+            Piece(self.path(number), entry.pts, entry.reordering) for number, entry in sorted(self._entries.items())
+        ]
+
+    def remove(self) -> None:
+        """The target is in place: nothing of the job is of use."""
+        self._entries.clear()
+
+    def _take_lock(self) -> None:
+        owner = self.folder / "owner"
+        try:
+            self._lock.acquire(blocking=False)  # the system frees it when its holder dies, however it dies
+        except Timeout:
+            who = owner.read_text() if owner.exists() else "another process"
+            raise UsageError(
+                f"{who} is working on `{self._destination}`", hint="wait for it, or choose another target"
+            ) from None
+        with disk_errors(owner):
+            owner.write_text(f"process {os.getpid()} on {socket.gethostname()}")
+
+    def _open(self, identity: dict[str, Any], restart: bool) -> None:
+        record = self.folder / "job.json"
+        known = _read_json(record)
+        if known is not None and not restart:
+            if known.get("identity") != identity:
+                changed = _difference(known["identity"], identity)
+                raise UsageError(
+                    f"an unfinished job for `{self._destination}` had another {changed}",
+                    hint="use --restart to begin anew, or repeat the command that began it",
+                )
+            self.plan = Plan.from_json(known["plan"])
+            self._read_journal()
+        else:
+            for path in self.folder.iterdir():
+                if path.name not in ("lock", "owner"):
+                    path.unlink()
+            content = json.dumps({"identity": identity, "plan": self.plan.to_json()}, indent=1)
+            partial = self.folder / "job.part"
+            partial.write_text(content)
+            fsync(partial)
+            os.replace(partial, record)
+            fsync_folder(self.folder)
+        for leftover in self.folder.glob("*.part"):
+            leftover.unlink()
+
+    def _read_journal(self) -> None:
+        journal = self.folder / "journal.jsonl"
+        lines = journal.read_text(errors="replace").splitlines() if journal.exists() else []
+        for line in lines:  # a later line about the same piece counts
+            try:
+                entry = _Entry(**json.loads(line))
+            except (ValueError, TypeError):  # cut off, or altered
+                continue
+            self._entries[entry.piece] = entry
+        damaged = [number for number, entry in self._entries.items() if not self._holds(number, entry)]
+        damaged += set(range(max(self._entries, default=-1))) - set(self._entries)  # the line was lost
+        for number in damaged:
+            self._entries.pop(number, None)
+        for number in [*damaged, max(self._entries, default=-1) + 1]:  # where to begin, to have the states for each
+            first = number
+            while first > 0 and not self._has_states(first):
+                first -= 1
+            self._redo |= set(range(first, number))
+
+    def _holds(self, number: int, entry: _Entry) -> bool:
+        path = self.path(number)
+        return path.is_file() and path.stat().st_size == entry.bytes and _sha256(path) == entry.sha256
+
+    def _has_states(self, piece: int) -> bool:
+        """Whether the piece can be made without the one before it."""
+        if self.plan.overlap is not None:
+            return True  # chunks are independent
+        before, path = self._entries.get(piece - 1), self._state_path(piece)
+        return before is not None and path.is_file() and _sha256(path) == before.state_sha256
+
+    def _state_path(self, piece: int) -> Path:
+        return self.folder / f"state_{piece:06d}.pt"
+
+    def _save_states(self, piece: int, states: States) -> str:
+        path = self._state_path(piece)
+        partial = path.with_suffix(".part")
+        with partial.open("wb") as file:
+            torch.save(states, file)
+            file.flush()
+            os.fsync(file.fileno())
+        digest = _sha256(partial)
+        os.replace(partial, path)
+        return digest
+
+
+def fingerprint(files: Sequence[Path]) -> str:
+    """A digest that tells sources apart without reading them whole: names, sizes, dates, first and last MiB of each."""
+    digest = hashlib.sha256()
+    for path in files:
+        status = path.stat()
+        digest.update(f"{path.name}\0{status.st_size}\0{status.st_mtime_ns}\0".encode(errors="surrogateescape"))
+        with path.open("rb") as file:
+            digest.update(file.read(2**20))
+            file.seek(max(0, status.st_size - 2**20))
+            digest.update(file.read())
+    return digest.hexdigest()
+
+
+def _count_packets(path: Path) -> int:
+    with av.open(str(path.absolute())) as container:
+        return sum(1 for packet in container.demux(video=0) if packet.size)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+    whole = isinstance(content, dict) and isinstance(content.get("identity"), dict) and "plan" in content
+    return content if whole else None
+
+
+def _difference(known: dict[str, Any], identity: dict[str, Any]) -> str:
+    """The names of what is not the same, as `source` or `options.seed`."""
+    names = []
+    for key in sorted(known.keys() | identity.keys()):
+        old, new = known.get(key), identity.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            names += [f"{key}.{part}" for part in sorted(old.keys() | new.keys()) if old.get(part) != new.get(part)]
+        elif old != new:
+            names.append(key)
+    return ", ".join(names)

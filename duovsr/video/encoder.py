@@ -1,0 +1,157 @@
+"""Encoding: each frame at its own time, in tagged colours, with nothing beside the picture."""
+
+from __future__ import annotations
+
+import os
+from array import array
+from contextlib import suppress
+from fractions import Fraction
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO
+
+import av
+import numpy as np
+from av.video.stream import VideoStream
+
+from duovsr.errors import UsageError
+from duovsr.video.codecs import Encoding
+from duovsr.video.color import RgbToFrame, output_tags
+from duovsr.video.info import VideoInfo
+from duovsr.video.output import disk_errors
+from duovsr.video.reader import Frame
+
+NUMBER_BASE = Fraction(1, 1000)  # Matroska's own clock: a frame's number is then exact
+_LARGEST_REORDERING = 32  # frames; no encoder holds back more
+
+
+class VideoEncoder:
+    """Encodes frames into `target`, a file or a stream of bytes, in a container of its own.
+
+    A `numbered` file is a piece that `mux.join_pieces` puts together with others: it is Matroska, and its packets carry
+    the number of their frame, from 0, in place of a time, for Matroska's clock is too coarse for many sources.
+    `written_pts` has the pts of every frame. Raises `UsageError` for what the encoder refuses, `NoSpaceError` from any
+    method.
+    """
+
+    def __init__(
+        self,
+        target: Path | BinaryIO,
+        source: VideoInfo,
+        width: int,
+        height: int,
+        encoding: Encoding,
+        format_name: str = "matroska",
+        *,
+        numbered: bool = True,
+    ) -> None:
+        self.written_pts = array("q")
+        self.reordering = 0  # by how many packets one may come after its place in the order of showing
+        self._path = target if isinstance(target, Path) else Path("-")
+        self._source, self._size, self._encoding = source, (width, height), encoding
+        self._numbered = numbered
+        self._numbers: dict[int, int] = {}  # of the frames inside the encoder, by pts
+        self._packets = 0
+        self._tags = output_tags(source.color, width, height, encoding.pix_fmt)
+        self._to_frame = RgbToFrame(self._tags, encoding.pix_fmt)
+        with disk_errors(self._path):
+            self._container = av.open(
+                str(target.absolute()) if isinstance(target, Path) else target,
+                "w",
+                format=format_name,
+                container_options={"avoid_negative_ts": "disabled"},
+            )
+        self._stream = self._add_stream()
+        self._start(format_name)
+
+    def __enter__(self) -> VideoEncoder:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            self.close()
+        else:
+            self.abandon()
+
+    def close(self) -> None:
+        """Writes what the encoder still holds, and finishes the file."""
+        try:
+            self._encode(None)
+            with disk_errors(self._path):
+                self._container.close()
+        except BaseException:
+            self.abandon()
+            raise
+
+    def write(self, frame: Frame) -> None:
+        """Appends a frame: (height, width, 3) uint8 or uint16, in the source's time base, later than the one before."""
+        width, height = self._size
+        assert frame.pixels.shape == (height, width, 3)
+        assert frame.pixels.dtype in (np.uint8, np.uint16)
+        assert frame.time_base == self._source.time_base
+        assert not self.written_pts or frame.pts > self.written_pts[-1]
+        if self._encoding.alpha or frame.alpha is None:
+            coded = self._to_frame(frame.pixels, frame.alpha)
+        else:
+            coded = self._to_frame(_on_black(frame.pixels, frame.alpha))
+        coded.pts, coded.time_base = frame.pts, frame.time_base
+        self._numbers[frame.pts] = len(self.written_pts)
+        self.written_pts.append(frame.pts)
+        self._encode(coded)
+
+    def abandon(self) -> None:
+        """Closes the file as it is."""
+        with suppress(OSError, av.error.FFmpegError):  # the file is lost already
+            self._container.close()
+
+    def _add_stream(self) -> VideoStream:
+        if self._encoding.encoder == "libsvtav1":  # it writes to stderr, and only the environment can stop it
+            os.environ.setdefault("SVT_LOG", "0")
+        # For rate control alone: times are the frames' own. libvpx refuses a rate that the time base cannot show.
+        rate = min(self._source.frame_rate or Fraction(25), 1 / self._source.time_base)
+        stream = self._container.add_stream(self._encoding.encoder, rate=rate, options=self._encoding.options)
+        assert isinstance(stream, VideoStream)
+        stream.width, stream.height = self._size
+        stream.pix_fmt = self._encoding.pix_fmt
+        stream.time_base = self._source.time_base
+        context = stream.codec_context
+        context.time_base = self._source.time_base
+        context.color_primaries, context.color_trc = self._tags.primaries, self._tags.transfer
+        context.colorspace, context.color_range = self._tags.matrix, self._tags.range
+        if self._source.sample_aspect_ratio is not None:
+            context.sample_aspect_ratio = self._source.sample_aspect_ratio
+        return stream
+
+    def _start(self, format_name: str) -> None:
+        try:
+            with disk_errors(self._path):
+                self._container.start_encoding()
+        except av.error.FFmpegError as error:
+            self.abandon()
+            width, height = self._size
+            pix_fmt = self._encoding.pix_fmt
+            message = f"{self._encoding.encoder} in {format_name} refuses {width}x{height} in `{pix_fmt}`"
+            raise UsageError(message, hint="try another --codec") from error
+        except BaseException:
+            self.abandon()
+            raise
+
+    def _encode(self, coded: av.VideoFrame | None) -> None:
+        with disk_errors(self._path):
+            for packet in self._stream.encode(coded):
+                if self._numbered:
+                    assert packet.pts is not None, "encoders pass times on"
+                    packet.pts = self._numbers.pop(packet.pts)
+                    packet.dts = self._packets - _LARGEST_REORDERING
+                    packet.duration, packet.time_base = 1, NUMBER_BASE
+                    self.reordering = max(self.reordering, self._packets - packet.pts)
+                self._packets += 1
+                self._container.mux(packet)
+
+
+def _on_black(pixels: np.ndarray, alpha: np.ndarray) -> np.ndarray:
+    top = np.iinfo(pixels.dtype).max
+    shown = pixels.astype(np.float32) * (alpha[..., None].astype(np.float32) / top)
+    return np.rint(shown).astype(pixels.dtype)

@@ -1,0 +1,83 @@
+"""The encoder's own settings: those that people give over those of duovsr, and checked before any work is done."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from fractions import Fraction
+
+import av
+from av.codec.context import CodecContext, OptionFlags
+from av.video.codeccontext import VideoCodecContext
+
+from duovsr.errors import UsageError
+
+Options = tuple[tuple[str, str], ...]
+
+_LISTS = {"x264-params", "x265-params", "svtav1-params"}  # options that are lists of options, as in `a=1:b=2`
+_FOR_VIDEO = OptionFlags.ENCODING_PARAM | OptionFlags.VIDEO_PARAM
+# What encoders log of a part of such a list that they do not take: they go on without it.
+_REFUSED = re.compile(r"(Error parsing option|Unknown option|Invalid value)")
+
+
+def merge(options: Mapping[str, str], given: Options) -> dict[str, str]:
+    """`options` with `given` over them; lists of options are joined, and of one that comes twice the last counts."""
+    merged = dict(options)
+    for name, value in given:
+        merged[name] = f"{merged[name]}:{value}" if name in _LISTS and name in merged else value
+    return merged
+
+
+def check_names(encoder: str, given: Options) -> None:
+    """Raises `UsageError` for an option that the encoder does not have."""
+    supported = CodecContext.create(encoder, "w").supported_options
+    names = [option.name for option in supported.private]
+    names += [option.name for option in supported.generic if option.flags & _FOR_VIDEO == _FOR_VIDEO]
+    for name, _ in given:
+        if name not in names:
+            close = difflib.get_close_matches(name, names, 1)
+            hint = f"did you mean `{close[0]}`?" if close else f"`ffmpeg -h encoder={encoder}` lists them"
+            raise UsageError(f"encoder {encoder} has no option `{name}`", hint=hint)
+
+
+def check_encoder(
+    encoder: str, pix_fmt: str, width: int, height: int, options: Mapping[str, str], given: Options, hardware: bool
+) -> None:
+    """Opens the encoder for a moment. Raises `UsageError` where it refuses the `given` options among `options`, or is
+    hardware that this machine does not have.
+    """
+    if encoder == "libsvtav1":  # it writes to stderr, and only the environment can stop it
+        os.environ.setdefault("SVT_LOG", "0")
+    context = CodecContext.create(encoder, "w")
+    assert isinstance(context, VideoCodecContext)
+    context.width, context.height, context.pix_fmt = width, height, pix_fmt
+    context.time_base, context.framerate = Fraction(1, 25), Fraction(25)
+    context.options = dict(options)
+    settings = " ".join(f"{name}={value}" for name, value in given)
+    try:
+        with _warnings() as logs:
+            context.open()
+    except av.error.FFmpegError as error:
+        if hardware:
+            hint = "it needs an NVIDIA GPU with an encoder and its driver; use --codec h264, hevc or av1"
+            raise UsageError(f"{encoder} does not open on this machine ({error.strerror})", hint=hint) from error
+        message = f"encoder {encoder} refuses `{settings}` for {width}x{height} in `{pix_fmt}`"
+        raise UsageError(message, hint=f"`ffmpeg -h encoder={encoder}` lists what it takes") from error
+    refused = next((text.strip().rstrip(".") for _, _, text in logs if _REFUSED.match(text)), None)
+    if refused is not None:
+        raise UsageError(f"encoder {encoder} refuses `{settings}`: {refused}", hint="see the encoder's own manual")
+
+
+@contextmanager
+def _warnings() -> Iterator[list[tuple[int, str, str]]]:
+    """What FFmpeg warns of in this thread: (level, who, text)."""
+    level = av.logging.get_level()
+    av.logging.set_level(av.logging.WARNING)
+    try:
+        with av.logging.Capture() as logs:
+            yield logs
+    finally:
+        av.logging.set_level(level)

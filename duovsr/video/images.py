@@ -1,0 +1,66 @@
+"""Pictures as files: which paths name stills, numbered sequences and folders of them. Nothing is decoded."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Literal
+
+IMAGE_SUFFIXES = frozenset(
+    (".bmp", ".dpx", ".exr", ".j2k", ".jp2", ".jpeg", ".jpg", ".pam", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tga")
+    + (".tif", ".tiff", ".webp")
+)
+VIDEO_SUFFIXES = frozenset(
+    (".3gp", ".avi", ".flv", ".gif", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".mxf", ".nut")
+    + (".ogv", ".ts", ".vob", ".webm", ".wmv", ".y4m")
+)
+
+_NUMBER = re.compile(r"%(?:0(\d+))?d")
+
+
+def kind_of(path: Path) -> Literal["video", "images"]:
+    """`images` for a still's name, a pattern, and a folder of images; `video` for all else."""
+    return "images" if path.suffix.lower() in IMAGE_SUFFIXES or is_sequence(path) else "video"
+
+
+def is_sequence(path: Path) -> bool:
+    """Whether `path` is many pictures: a pattern, or a folder with images and no videos."""
+    return is_pattern(path) or (path.is_dir() and bool(_folder_images(path)))
+
+
+def is_pattern(path: Path) -> bool:
+    """Whether the name is an image's with `%d` or `%05d` for a number, and not that of a file that exists."""
+    return path.suffix.lower() in IMAGE_SUFFIXES and len(_NUMBER.findall(path.name)) == 1 and not path.exists()
+
+
+def image_files(path: Path) -> list[Path]:
+    """The files of a sequence in their order; none for all else."""
+    return [file for _, file in numbered_files(path)]
+
+
+def numbered_files(path: Path) -> list[tuple[int, Path]]:
+    """The files of a sequence with their numbers: a pattern's own, or, in a folder, the place by name (2 before 10)."""
+    if not is_pattern(path):
+        return list(enumerate(_folder_images(path))) if path.is_dir() else []
+    place = _NUMBER.search(path.name)
+    assert place is not None, "patterns have a number"
+    name = re.compile(re.escape(path.name[: place.start()]) + r"(\d+)" + re.escape(path.name[place.end() :]), re.ASCII)
+    width = int(place[1] or 1)
+    if not path.parent.is_dir():
+        return []
+    matches = ((name.fullmatch(file.name), file) for file in path.parent.iterdir())
+    numbers = ((match[1], file) for match, file in matches if match)
+    return sorted((int(digits), file) for digits, file in numbers if digits == f"{int(digits):0{width}d}")
+
+
+def _folder_images(folder: Path) -> list[Path]:
+    files = [file for file in folder.iterdir() if not file.name.startswith(".")]
+    if any(file.suffix.lower() in VIDEO_SUFFIXES for file in files):
+        return []  # videos, and perhaps their covers
+    return sorted((file for file in files if file.suffix.lower() in IMAGE_SUFFIXES), key=natural_order)
+
+
+def natural_order(path: Path) -> tuple[list[str | int], str]:
+    """A key for sorting by name: 2 before 10."""
+    parts = re.split(r"([0-9]+)", path.name)
+    return [int(part) if index % 2 else part for index, part in enumerate(parts)], path.name

@@ -1,0 +1,68 @@
+"""Writing images: the frames of lossless pieces, one file each."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import cast
+
+import av
+from av.video.frame import VideoFrame
+from av.video.reformatter import VideoReformatter
+
+from duovsr.errors import UsageError
+from duovsr.video.color import bit_depth
+from duovsr.video.mux import Piece
+from duovsr.video.output import Target, disk_errors, fsync_folder, publish
+
+# Encoder and pixel formats for 8 bit, above, and the same with transparency; where one is missing, the one before.
+FORMATS: dict[str, tuple[str, tuple[str, str, str, str]]] = {
+    ".png": ("png", ("rgb24", "rgb48be", "rgba", "rgba64be")),
+    ".tif": ("tiff", ("rgb24", "rgb48le", "rgba", "rgba64le")),
+    ".tiff": ("tiff", ("rgb24", "rgb48le", "rgba", "rgba64le")),
+    ".webp": ("libwebp", ("bgra", "bgra", "bgra", "bgra")),
+    ".bmp": ("bmp", ("bgr24", "bgr24", "bgra", "bgra")),
+    ".jpg": ("mjpeg", ("yuvj444p", "yuvj444p", "yuvj444p", "yuvj444p")),
+    ".jpeg": ("mjpeg", ("yuvj444p", "yuvj444p", "yuvj444p", "yuvj444p")),
+}
+_OPTIONS = {"libwebp": {"lossless": "0", "quality": "95"}, "mjpeg": {"q": "2", "qmin": "1"}}
+
+
+def write_pictures(pieces: Sequence[Piece], partial: Path, target: Target, overwrite: bool) -> None:
+    """Write every frame of `pieces` through the file `partial`, each complete before it gets its name.
+
+    A pattern counts from 1. Raises `UsageError` where a single image is to hold several frames, or a file exists.
+    """
+    count = sum(len(piece.pts) for piece in pieces)
+    if target.kind == "image" and count != 1:
+        hint = "write a pattern such as frames/%05d.png, or a video"
+        raise UsageError(f"{count} frames do not fit one image: `{target.path}`", hint=hint)
+    for number, frame in enumerate(_frames(pieces), start=1):
+        path = target.path if target.kind == "image" else target.path.with_name(target.path.name % number)
+        with disk_errors(path):
+            partial.write_bytes(_coded(frame, path.suffix.lower()))
+            if target.kind == "image":
+                publish(partial, path, overwrite)
+            else:  # finished names are overwritten: after a crash some are there
+                os.replace(partial, path)
+    fsync_folder(target.path.parent)
+
+
+def _frames(pieces: Sequence[Piece]) -> Iterator[VideoFrame]:
+    for piece in pieces:
+        with av.open(str(piece.path.absolute())) as container:
+            yield from container.decode(video=0)
+
+
+def _coded(frame: VideoFrame, suffix: str) -> bytes:
+    encoder, formats = FORMATS[suffix]
+    deep = bit_depth(frame.format) > 8
+    has_alpha = any(component.is_alpha for component in frame.format.components)
+    picture = VideoReformatter().reformat(frame, format=formats[deep + 2 * has_alpha])
+    context = cast(av.VideoCodecContext, av.CodecContext.create(encoder, "w"))
+    context.width, context.height = frame.width, frame.height
+    context.pix_fmt, context.time_base = picture.format.name, Fraction(1, 25)
+    context.options = _OPTIONS.get(encoder, {})
+    return b"".join(bytes(packet) for packet in [*context.encode(picture), *context.encode(None)])

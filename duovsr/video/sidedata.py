@@ -1,0 +1,115 @@
+"""What a decoded picture carries beside its pixels: how it is turned, and the display that it was graded on."""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import av
+import numpy as np
+from av.filter import Graph
+from av.sidedata.sidedata import SideDataContainer
+
+_Point = tuple[int, int]  # CIE 1931 x and y, in 1/50000
+
+# Types that PyAV's enum has no names for, EXIF (31) among them: it raises at them, whichever type is asked for.
+_NAMELESS_TYPES = range(28, 40)
+_DYNAMIC_HDR = ("DYNAMIC_HDR_PLUS", "DYNAMIC_HDR_VIVID", "DOVI_METADATA", "DOVI_RPU_BUFFER")
+
+
+@dataclass(frozen=True)
+class MasteringDisplay:
+    """SMPTE ST 2086, in the units of HEVC and of x265's `master-display`: 1/50000, and 1/10000 cd/m2 of luminance."""
+
+    red: _Point
+    green: _Point
+    blue: _Point
+    white: _Point
+    min_luminance: int
+    max_luminance: int
+
+
+@dataclass(frozen=True)
+class HDRMetadata:
+    """HDR10's static metadata: the display, and the light levels (max_cll, max_fall) in cd/m2."""
+
+    mastering_display: MasteringDisplay | None
+    light_level: tuple[int, int] | None
+
+
+class Orientation(NamedTuple):
+    """A display matrix as a transposition and flips, which covers mirrored pictures and rotated ones."""
+
+    transposed: bool = False
+    flip_x: bool = False
+    flip_y: bool = False
+
+    def upright(self, pixels: np.ndarray) -> np.ndarray:
+        """(H, W, C) as it is to be shown."""
+        if self.transposed:
+            pixels = pixels.swapaxes(0, 1)
+        return np.ascontiguousarray(pixels[:: -1 if self.flip_y else 1, :: -1 if self.flip_x else 1])
+
+
+class SideData:
+    """The side data of one picture."""
+
+    def __init__(self, picture: av.VideoFrame) -> None:
+        try:
+            items = _items(picture)
+        except ValueError:
+            items = _items(_without_nameless_types(picture))
+        self._data = {item.type.name: bytes(memoryview(item)) for item in items}
+
+    @property
+    def orientation(self) -> Orientation:
+        if "DISPLAYMATRIX" not in self._data:
+            return Orientation()
+        a, b, _, c, d = struct.unpack_from("=5i", self._data["DISPLAYMATRIX"])  # x' = a x + c y, y' = b x + d y
+        return Orientation(True, c < 0, b < 0) if abs(b) > abs(a) else Orientation(False, a < 0, d < 0)
+
+    @property
+    def hdr(self) -> HDRMetadata | None:
+        display, light = self._mastering_display(), self._data.get("CONTENT_LIGHT_LEVEL")
+        if display is None and light is None:
+            return None
+        # AVContentLightMetadata: two unsigned ints, MaxCLL and MaxFALL.
+        cll, fall = struct.unpack_from("=2I", light) if light else (0, 0)
+        return HDRMetadata(display, (cll, fall) if light else None)
+
+    @property
+    def has_dynamic_hdr(self) -> bool:
+        """Whether brightness is described scene by scene (HDR10+, Dolby Vision)."""
+        return any(kind in self._data for kind in _DYNAMIC_HDR)
+
+    def _mastering_display(self) -> MasteringDisplay | None:
+        """AVMasteringDisplayMetadata: rationals of two ints, x and y of red, green, blue and white, the least and the
+        greatest luminance; then whether the colours are known, and the luminances."""
+        data = self._data.get("MASTERING_DISPLAY_METADATA")
+        if data is None:
+            return None
+        *ints, has_primaries, has_luminance = struct.unpack_from("=22i", data)
+        if not (has_primaries and has_luminance) or 0 in ints[1::2]:
+            return None
+        ratios = [top / bottom for top, bottom in zip(ints[::2], ints[1::2], strict=True)]
+        x_y = [round(ratio * 50000) for ratio in ratios[:8]]
+        least, most = (round(ratio * 10000) for ratio in ratios[8:])
+        red, green, blue, white = zip(x_y[::2], x_y[1::2], strict=True)
+        return MasteringDisplay(red, green, blue, white, least, most)
+
+
+def _items(picture: av.VideoFrame) -> SideDataContainer:
+    # Not `picture.side_data`: with that, the picture refers to itself, and waits for the cycle collector.
+    return SideDataContainer(picture)  # type: ignore[call-arg]  # PyAV's stubs lack the argument
+
+
+def _without_nameless_types(picture: av.VideoFrame) -> av.VideoFrame:
+    graph = Graph()
+    source = graph.add_buffer(
+        width=picture.width, height=picture.height, format=picture.format, time_base=picture.time_base
+    )
+    cleaners = [graph.add("sidedata", f"mode=delete:type={number}") for number in _NAMELESS_TYPES]
+    graph.link_nodes(source, *cleaners, graph.add("buffersink")).configure()
+    graph.vpush(picture)
+    return graph.vpull()

@@ -1,0 +1,107 @@
+"""Sound of one kind as another, for containers that do not hold it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from fractions import Fraction
+
+import av
+from av.audio.codeccontext import AudioCodecContext
+from av.audio.frame import AudioFrame
+from av.audio.stream import AudioStream
+from av.codec import Codec
+from av.container import OutputContainer
+
+# Container: encoders for sound that is lossy already, and for sound that is not; the first that takes it.
+_LOSSY = {"mp4": ("aac",), "mov": ("aac",), "matroska": ("flac",), "webm": ("libopus",)}
+_LOSSLESS = {**_LOSSY, "mp4": ("alac", "aac"), "mov": ("alac", "aac")}  # ALAC has few layouts of four channels and more
+_BIT_RATE = 128000  # per channel: beyond what ears tell from the source
+_JITTER = Fraction(1, 100)  # seconds; containers round times, and a real hole is as long as a packet
+_LONGEST_HOLE = 60  # seconds; beyond, times jump: a damaged one may be days ahead
+_LAYOUTS = {1: "mono", 2: "stereo", 3: "3.0", 4: "quad", 5: "5.0", 6: "5.1", 7: "6.1", 8: "7.1"}  # that encoders take
+
+
+def encoders_for(source: AudioStream, format_name: str) -> tuple[str, ...]:
+    """Encoders of sound that the container `format_name` does not hold as it is, best first."""
+    codec = source.codec_context.codec
+    return (_LOSSLESS if codec.lossless and not codec.lossy else _LOSSY)[format_name]
+
+
+class SoundConverter:
+    """Decodes sound and encodes it with `encoder` into a new stream of `target`, every sample at its time.
+
+    Raises `ValueError` or an FFmpeg error where there is no way.
+    """
+
+    def __init__(self, source: AudioStream, target: OutputContainer, encoder: str) -> None:
+        self.damaged = 0
+        self._source = source
+        self._next: int | None = None  # where the next sample is due, counted in samples
+        context = source.codec_context
+        if context.layout.nb_channels not in _LAYOUTS or not context.sample_rate:
+            raise ValueError(f"{context.layout.nb_channels} channels at {context.sample_rate} Hz")
+        codec = Codec(encoder, "w")
+        rate = _closest_rate(context.sample_rate, codec.audio_rates)
+        stream = target.add_stream(encoder, rate=rate)
+        assert isinstance(stream, AudioStream)
+        self.stream = stream
+        stream.codec_context.layout = _LAYOUTS[context.layout.nb_channels]
+        stream.codec_context.format = _closest_format(context, codec)
+        if codec.lossy and not codec.lossless:
+            stream.codec_context.bit_rate = _BIT_RATE * context.layout.nb_channels
+
+    def convert(self, packet: av.Packet[AudioStream] | None) -> Iterable[av.Packet[AudioStream]]:
+        """What one packet becomes, some packets later; None is the end."""
+        packets = []
+        try:
+            for frame in self._source.decode(packet):
+                for placed in self._in_place(frame):
+                    packets += self.stream.encode(placed)
+        except (ValueError, OverflowError, av.error.FFmpegError):  # another layout or rate than before, an absurd time
+            self.damaged += 1
+        if packet is None:
+            packets += self.stream.encode(None)
+        return packets
+
+    def _in_place(self, frame: AudioFrame) -> Iterator[AudioFrame]:
+        """The frame right after the one before, as encoders want it; silence fills a hole, and of two frames at one
+        time the second goes.
+        """
+        rate = frame.sample_rate
+        start = self._next or 0
+        if frame.pts is not None and frame.time_base is not None:
+            start = round(frame.pts * frame.time_base * rate)
+        due = start if self._next is None else self._next
+        if start - due > _JITTER * rate:
+            if start - due <= _LONGEST_HOLE * rate:
+                for begin in range(due, start, rate):  # a second at a time
+                    yield _silence(frame, begin, min(rate, start - begin))
+            due = start
+        elif due - start >= frame.samples and due - start > _JITTER * rate:
+            return
+        frame.pts, frame.time_base = due, Fraction(1, rate)
+        self._next = due + frame.samples
+        yield frame
+
+
+def _silence(like: AudioFrame, pts: int, samples: int) -> AudioFrame:
+    frame = AudioFrame(like.format.name, like.layout.name, samples)
+    frame.sample_rate, frame.pts, frame.time_base = like.sample_rate, pts, Fraction(1, like.sample_rate)
+    zero = b"\x80" if like.format.name.startswith("u8") else b"\0"
+    for plane in frame.planes[: frame.layout.nb_channels]:  # PyAV 18.1 counts one too many where there are eight
+        plane.update(zero * plane.buffer_size)
+    return frame
+
+
+def _closest_rate(rate: int, supported: list[int] | None) -> int:
+    """The least supported rate that loses nothing, else the highest."""
+    if not supported or rate in supported:
+        return rate
+    return min((other for other in supported if other > rate), default=max(supported))
+
+
+def _closest_format(context: AudioCodecContext, codec: Codec) -> str:
+    """The encoder's sample format as deep as the decoder's, else its deepest."""
+    formats = codec.audio_formats or [context.format]
+    alike = [fmt for fmt in formats if fmt.bytes == context.format.bytes]
+    return (alike or sorted(formats, key=lambda fmt: fmt.bytes)[-1:])[0].name

@@ -1,0 +1,259 @@
+"""Where pictures come from: a container that FFmpeg reads, or image files in a row. Damage is skipped and counted."""
+
+from __future__ import annotations
+
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import av
+from av.container import InputContainer
+from av.stream import Disposition, Stream
+from av.video.codeccontext import VideoCodecContext
+from av.video.stream import VideoStream
+
+from duovsr.errors import InputError, UsageError
+from duovsr.video.images import is_sequence, numbered_files
+from duovsr.video.sidedata import SideData
+
+PIPE = Path("-")  # standard input
+IMAGES_RATE = Fraction(25)
+_ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}  # FFmpeg's own drop the transparency without a word
+
+
+class Source(ABC):
+    """Pictures in the order of showing, and what the files say of them: all of it once the first picture is there."""
+
+    path: Path
+    stills: bool  # every picture has properties of its own
+    time_base: Fraction
+    start_pts: int
+    frame_rate: Fraction | None  # average
+    num_frames: int | None  # a claim or an estimate
+    duration: Fraction | None  # seconds
+    sample_aspect_ratio: Fraction | None
+    codec: str
+    audio_codec: str | None
+    damaged: int  # packets or files that did not decode
+    notices: list[str]
+
+    @abstractmethod
+    def pictures(self) -> Iterator[av.VideoFrame]:
+        """What decodes; pts, where there are any, count `time_base`. Raises `InputError` for sizes that do not fit."""
+
+    def is_incomplete(self, count: int) -> bool:
+        """Whether, after all `count` pictures, something is missing that gave no other sign."""
+        return False
+
+    @abstractmethod
+    def close(self) -> None:
+        """Ends the reading."""
+
+
+def open_source(path: Path, frame_rate: Fraction | None = None) -> Source:
+    """Raises `InputError` for what is not a video, `UsageError` for a frame rate where the source has its own times."""
+    if frame_rate is not None and not is_sequence(path):
+        raise UsageError(f"a frame rate is for sequences of images: `{path}` has its own times", hint="leave it out")
+    if frame_rate is not None and frame_rate <= 0:
+        raise UsageError(f"unsupported frame rate: `{frame_rate}`", hint="use a number above 0")
+    return ImageSource(path, frame_rate or IMAGES_RATE) if is_sequence(path) else ClipSource(path)
+
+
+def open_input(path: Path) -> InputContainer:
+    """The opened container of any file FFmpeg reads; `-` is standard input. Raises `InputError`."""
+    if path.is_dir():
+        raise InputError(f"a folder, not a video: `{path}`")
+    try:
+        if path == PIPE:
+            return _open_pipe()
+        # An absolute path cannot be taken for a protocol ("clip: 1.mp4"), and no name for a pattern ("50%d.jpg").
+        # Metadata bytes survive whatever they are.
+        options = {"pattern_type": "none"}
+        container = av.open(str(path.absolute()), "r", options=options, metadata_errors="surrogateescape")
+    except av.error.FileNotFoundError as error:
+        raise InputError(f"no such file: `{path}`") from error
+    except av.error.PermissionError as error:
+        raise InputError(f"no permission to read `{path}`") from error
+    except av.error.FFmpegError as error:
+        raise _unreadable(path) from error
+    if container.format.name == "tty":  # FFmpeg would draw a .txt file as ANSI art
+        container.close()
+        raise InputError(f"a text file, not a video: `{path}`")
+    return container
+
+
+def main_video(container: InputContainer, path: Path) -> VideoStream:
+    """The stream to upscale, cover art aside. Raises `InputError` if there is none."""
+    stream = container.streams.best("video")
+    if not isinstance(stream, VideoStream) or stream.disposition & Disposition.attached_pic:
+        raise InputError(f"no video stream in `{path}`")
+    return stream
+
+
+def codec_name(stream: Stream) -> str:
+    """The codec's name, whichever decoder reads it (`av1`, not `libdav1d`)."""
+    return stream.codec_context.codec.canonical_name if stream.codec_context else "unknown codec"
+
+
+class ClipSource(Source):
+    """The main video of one file, still or pipe."""
+
+    stills = False
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.damaged = 0
+        self.notices: list[str] = []
+        self._demuxed_until = Fraction(0)
+        self._is_suspect = False
+        self._container = open_input(path)
+        try:
+            self._stream = main_video(self._container, path)
+            self._decoder = _alpha_decoder(self._stream)
+        except BaseException:
+            self.close()
+            raise
+        assert self._stream.time_base is not None, "every opened stream has a time base"
+        self.time_base, self.start_pts = self._stream.time_base, self._stream.start_time or 0
+        self.frame_rate = self._stream.average_rate or self._stream.base_rate or None
+        self.duration = self._duration()
+        estimate = round(self.duration * self.frame_rate) if self.duration and self.frame_rate else 0
+        # An mp4 also counts the frames that its edit list hides; its duration does not.
+        self.num_frames = min(filter(None, (self._stream.frames, estimate)), default=None)
+        self.sample_aspect_ratio = self._stream.sample_aspect_ratio or None
+        self.codec = codec_name(self._stream)
+        audio = self._container.streams.best("audio")
+        self.audio_codec = codec_name(audio) if audio else None
+
+    def pictures(self) -> Iterator[av.VideoFrame]:
+        packets = self._container.demux()
+        while True:
+            try:
+                packet = next(packets, None)
+            except av.error.FFmpegError:  # the container is broken from here on
+                self.damaged += 1
+                packet = None
+            if packet is None:
+                break
+            if packet.pts is not None:
+                end = (packet.pts + (packet.duration or 0)) * packet.time_base
+                self._demuxed_until = max(self._demuxed_until, end)
+            if packet.stream_index == self._stream.index and packet.size:
+                self._is_suspect |= packet.is_corrupt
+                yield from self._decode(packet)
+        yield from self._decode(None)  # what the decoder still holds back for reordering
+
+    def is_incomplete(self, count: int) -> bool:
+        """Whether all streams end well before the container says they do, as in a truncated mkv, or packets of a
+        transport stream are missing, and pictures too (joined files lack packets, but no pictures)."""
+        if self._is_suspect and count < (self.num_frames or 0):
+            return True
+        if not self._container.duration or not self._demuxed_until:
+            return False
+        end = Fraction((self._container.start_time or 0) + self._container.duration, av.time_base)
+        return end - self._demuxed_until > max(2 / (self.frame_rate or IMAGES_RATE), Fraction(1, 2))
+
+    def close(self) -> None:
+        self._container.close()
+
+    def _decode(self, packet: av.Packet[Any] | None) -> Iterator[av.VideoFrame]:
+        try:
+            yield from self._stream.decode(packet) if self._decoder is None else self._decoder.decode(packet)
+        except av.error.FFmpegError:
+            self.damaged += 1
+
+    def _duration(self) -> Fraction | None:
+        if self._stream.duration:
+            return self._stream.duration * self.time_base
+        return Fraction(self._container.duration, av.time_base) if self._container.duration else None
+
+
+class ImageSource(Source):
+    """Image files, one frame each, at a constant rate. A number missing from a pattern leaves its time empty."""
+
+    stills = True
+    start_pts = 0
+    audio_codec = None
+
+    def __init__(self, path: Path, frame_rate: Fraction) -> None:
+        self.path = path
+        self.damaged = 0
+        self.notices: list[str] = []
+        self._files = numbered_files(path)
+        if not self._files:
+            raise InputError(f"no image has a name such as `{path}`")
+        self._first, last = self._files[0][0], self._files[-1][0]
+        self.time_base, self.frame_rate = 1 / frame_rate, frame_rate
+        self.num_frames = len(self._files)
+        self.duration = (last - self._first + 1) / frame_rate
+        self.sample_aspect_ratio = None
+        self.codec = "unknown codec"
+        missing = last - self._first + 1 - len(self._files)
+        if missing:
+            self.notices.append(f"{missing} images of `{path}` are missing: the ones before them are shown longer")
+
+    def pictures(self) -> Iterator[av.VideoFrame]:
+        size: tuple[int, int] | None = None
+        for number, file in self._files:
+            picture = self._picture(file)
+            if picture is None:
+                self.damaged += 1
+                continue
+            turned = SideData(picture).orientation.transposed
+            found = (picture.height, picture.width) if turned else (picture.width, picture.height)
+            size = size or found
+            if found != size:
+                message = f"`{file}` is {found[0]}x{found[1]}, the images before it are {size[0]}x{size[1]}"
+                raise InputError(message, hint="images of one sequence have one size")
+            picture.pts, picture.time_base = number - self._first, self.time_base
+            yield picture
+
+    def close(self) -> None:
+        """No file is open between two pictures."""
+
+    def _picture(self, file: Path) -> av.VideoFrame | None:
+        """The only picture of a file, or its first; None if it does not decode. The first file to decode tells the
+        properties of the sequence."""
+        try:
+            clip = ClipSource(file)
+        except InputError:
+            return None
+        try:
+            picture = next(clip.pictures(), None)
+            if picture is not None and self.codec == "unknown codec":
+                self.codec, self.sample_aspect_ratio = clip.codec, clip.sample_aspect_ratio
+            return picture
+        finally:
+            clip.close()
+
+
+def _open_pipe() -> InputContainer:
+    if sys.stdin.isatty():
+        raise UsageError("`-` reads a video from a pipe, and there is none", hint="ffmpeg ... -f nut - | duovsr ...")
+    return av.open(sys.stdin.buffer, "r", metadata_errors="surrogateescape")
+
+
+def _unreadable(path: Path) -> InputError:
+    if path != PIPE:
+        if path.stat().st_size == 0:
+            return InputError(f"the file is empty: `{path}`")
+        with path.open("rb") as file:
+            head = file.read(12)
+        if head[4:8] == b"ftyp":
+            hint = "the recording was probably cut off before it was finished; a repair tool may rebuild the index"
+            return InputError(f"no usable index (moov) in `{path}`", hint=hint)
+    return InputError(f"not a video, or damaged beyond reading: `{path}`")
+
+
+def _alpha_decoder(stream: VideoStream) -> VideoCodecContext | None:
+    """A decoder that reads the transparency beside the picture, where the file says there is some (WebM)."""
+    tags = {key.lower(): value for key, value in stream.metadata.items()}
+    name = _ALPHA_DECODERS.get(codec_name(stream))
+    if name is None or tags.get("alpha_mode") != "1":
+        return None
+    decoder = VideoCodecContext.create(name, "r")
+    assert isinstance(decoder, VideoCodecContext)
+    return decoder

@@ -1,0 +1,92 @@
+"""The trivial model, bicubic upscaling, for tests of what happens around a model.
+
+As a process: python -m tests.bicubic PEAK SRC DST upscales one file and prints the peak memory;
+python -m tests.bicubic FUZZ FOLDER COUNT alters the clips of a folder and upscales what comes out.
+"""
+
+from __future__ import annotations
+
+import random
+import signal
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from duovsr import UpscaleOptions, Upscaler
+from duovsr.engine.bench import peak_rss
+from duovsr.errors import DuovsrError
+from duovsr.model.one_step import OneStepModel
+from tests.conftest import SMALL
+
+IDENTITY = UpscaleOptions(scale=1, color="none", codec="h264", encoder_options=(("preset", "ultrafast"),))
+LONGEST = 30  # seconds that an altered clip may take
+
+
+class Bicubic:
+    """What the engine needs of a model: the resized LQ is its output."""
+
+    preset, device, dtype = SMALL, torch.device("cpu"), torch.float32
+    transformer = vae = torch.nn.Identity()
+
+    def fingerprint(self) -> str:
+        return "bicubic"
+
+    def restore(self, lq: Tensor, state: None, **_: Any) -> tuple[Tensor, None]:
+        return lq, None
+
+
+def bicubic() -> Upscaler:
+    return Upscaler(cast(OneStepModel, Bicubic()))
+
+
+def fuzz(folder: Path, count: int) -> None:
+    """Each clip of `folder`, with random bytes altered, `count` times: a result or a one-line refusal, in time."""
+    upscaler = bicubic()
+    for path in sorted(folder.iterdir()):
+        data = path.read_bytes()
+        for seed in range(count):
+            chance = random.Random(f"{path.name} {seed}")
+            altered = bytearray(data)
+            for _ in range(chance.choice((1, 3, 10, 100))):
+                altered[chance.randrange(len(altered))] = chance.randrange(256)
+            with tempfile.TemporaryDirectory() as scratch:
+                source = Path(scratch) / path.name
+                source.write_bytes(altered)
+                signal.alarm(LONGEST)  # kills the process, whose last line tells the seed
+                say(f"{path.name} {seed} ")
+                say(outcome(upscaler, source, Path(scratch) / "out.mkv") + "\n")
+                signal.alarm(0)
+
+
+def outcome(upscaler: Upscaler, source: Path, target: Path) -> str:
+    try:
+        report = upscaler.upscale_file(source, target, IDENTITY)
+    except DuovsrError as error:
+        line = f"refused: {error}"
+    else:
+        return f"{report.frames} frames, {len(report.notices)} notices"
+    assert "\n" not in line
+    assert not target.exists()
+    return line
+
+
+def say(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def main(task: str, first: str, second: str) -> None:
+    torch.set_num_threads(1)
+    if task == "FUZZ":
+        fuzz(Path(first), int(second))
+    else:
+        bicubic().upscale_file(first, second, IDENTITY)
+        say(f"{peak_rss()}\n")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

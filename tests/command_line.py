@@ -1,0 +1,49 @@
+"""The command line, called in the test's own process."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+from duovsr import cli
+from duovsr.engine.upscaler import Upscaler
+
+
+class Run:
+    """`run("upscale", source, target)` gives the exit code, and keeps what was printed."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+        self._monkeypatch, self._capsys = monkeypatch, capsys
+        self.out = self.err = ""
+
+    def __call__(self, *arguments: object) -> int:
+        self._monkeypatch.setattr(sys, "argv", ["duovsr", *map(str, arguments)])
+        with pytest.raises(SystemExit) as exit_info:
+            cli.main()
+        self.out, self.err = self._capsys.readouterr()
+        code = exit_info.value.code
+        assert isinstance(code, int)
+        return code
+
+    def fails(self, code: int, words: str, *arguments: object) -> None:
+        assert self(*arguments) == code, self.err
+        first, *rest = self.err.strip().splitlines()
+        assert first.startswith("error: ")
+        assert words in first
+        assert all(line.startswith("hint: ") for line in rest)
+        assert len(rest) <= 1
+        assert "Traceback" not in self.err
+        assert self.out == ""
+
+
+def running(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], upscaler: Upscaler) -> Iterator[Run]:
+    """With `upscaler` in place of the shipped model; signals are handled as before when it is over."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = [signal.getsignal(number) for number in numbers]
+    monkeypatch.setattr(Upscaler, "from_preset", classmethod(lambda *_, **__: upscaler))
+    yield Run(monkeypatch, capsys)
+    for number, handler in zip(numbers, before, strict=True):
+        signal.signal(number, handler)

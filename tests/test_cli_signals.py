@@ -1,0 +1,158 @@
+"""Signals during `upscale`: asked once it stops where it goes on from, asked twice it stops now."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from duovsr.engine.upscaler import Upscaler
+from duovsr.errors import Interrupted
+from tests.clips import Clip, write_clip
+from tests.command_line import Run, running
+
+STOPS = [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 143)]
+DUOVSR = [sys.executable, "-m", "duovsr"]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], small_upscaler: Upscaler) -> Iterator[Run]:
+    yield from running(monkeypatch, capsys, small_upscaler)
+
+
+def start(source: Path, target: Path) -> subprocess.Popen[str]:
+    """A run of the shipped model that is at work on its first piece."""
+    command = [*DUOVSR, "upscale", str(source), str(target), "--scale", "2", "--device", "cpu"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    while not (target.with_name(target.name + ".duovsr") / "piece.part").exists():
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.02)
+    return process
+
+
+@pytest.mark.parametrize(("number", "code"), STOPS[:2])
+def test_one_signal_finishes_the_piece_and_the_hint_goes_on(tmp_path: Path, number: signal.Signals, code: int) -> None:
+    source = write_clip(tmp_path / "in put.mp4", Clip(pts=range(0, 512 * 120, 512)))
+    target = tmp_path / "out.mp4"
+    process = start(source, target)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == code, errors
+    asked, error, hint = errors.strip().splitlines()
+    assert asked == "finishing the piece at work; once more to stop now"
+    assert error.startswith("error: interrupted: 48 frames of")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in put.mp4", "out.mp4.duovsr"]
+    program, *arguments = shlex.split(hint.removeprefix("hint: the same command goes on: "))
+    assert program == "duovsr"
+    done = subprocess.run([*DUOVSR, *arguments, "--json"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert (report["frames"], report["reused"]) == (120, 48)
+    assert "48 of them from an earlier run" in done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in put.mp4", "out.mp4"]
+
+
+def test_a_second_signal_stops_now_and_leaves_nothing_of_no_use(tmp_path: Path) -> None:
+    source = write_clip(tmp_path / "in.mp4", Clip(pts=range(0, 512 * 100, 512), size=(320, 240)))
+    process = start(source, tmp_path / "out.mp4")
+    assert process.stderr is not None
+    process.send_signal(signal.SIGINT)
+    assert "once more to stop now" in process.stderr.readline()
+    asked = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    answer = process.stderr.readline()
+    if "once more" in answer:  # again: the second signal fell into the printing of the first
+        answer = process.stderr.readline()
+    assert time.monotonic() - asked < 2  # when it has stopped; Python takes its time to leave
+    assert answer == "error: interrupted; no output was written\n"
+    assert process.wait(timeout=60) == 130
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.mp4"]  # the first piece was not finished
+
+
+@pytest.mark.parametrize(("number", "code"), STOPS)
+def test_a_request_is_handed_on_and_its_exit_code_is_the_signals(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, code: int
+) -> None:
+    def obey(
+        _: Upscaler, source: Path, target: Path, options: object, report: object, stop: Callable[[], bool]
+    ) -> None:
+        assert not stop()
+        os.kill(os.getpid(), number)
+        assert stop()
+        (tmp_path / "out.mp4.duovsr").mkdir()
+        raise Interrupted("interrupted: 48 frames are done")
+
+    monkeypatch.setattr(Upscaler, "upscale_file", obey)
+    source, target = write_clip(tmp_path / "in.mp4"), tmp_path / "out.mp4"
+    assert run("upscale", source, target, "--restart") == code
+    command = f"duovsr upscale {source} {target}"  # --restart would begin anew
+    assert run.err.splitlines()[1:] == [
+        "error: interrupted: 48 frames are done",
+        f"hint: the same command goes on: {command}",
+    ]
+
+
+@pytest.mark.parametrize(("number", "code"), STOPS)
+@pytest.mark.parametrize("unfinished", [True, False])
+def test_a_second_signal_tells_what_is_left(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, code: int, unfinished: bool
+) -> None:
+    def insist(*_: object) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), number)
+        pytest.fail("still at work")
+
+    monkeypatch.setattr(Upscaler, "upscale_file", insist)
+    source, target = write_clip(tmp_path / "in.mp4"), tmp_path / "out.mp4"
+    if unfinished:
+        (tmp_path / "out.mp4.duovsr").mkdir()
+    assert run("upscale", source, target) == code
+    if unfinished:
+        assert run.err.splitlines()[1:] == [
+            "error: interrupted",
+            f"hint: the same command goes on: duovsr upscale {source} {target}",
+        ]
+    else:
+        assert run.err.splitlines()[1:] == ["error: interrupted; no output was written"]
+
+
+@pytest.mark.parametrize(("number", "code"), STOPS)
+def test_one_signal_is_enough_while_the_model_loads(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, code: int
+) -> None:
+    def load(*_: object, **__: object) -> None:
+        os.kill(os.getpid(), number)
+        pytest.fail("still at work")
+
+    monkeypatch.setattr(Upscaler, "from_preset", load)
+    run.fails(
+        code, "interrupted; no output was written", "upscale", write_clip(tmp_path / "in.mp4"), tmp_path / "o.mp4"
+    )
+
+
+def test_what_nohup_ignores_stays_ignored(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    upscale_file = Upscaler.upscale_file
+
+    def hang_up(*arguments: object) -> object:
+        os.kill(os.getpid(), signal.SIGHUP)
+        return upscale_file(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Upscaler, "upscale_file", hang_up)
+    assert run("upscale", write_clip(tmp_path / "in.mp4"), tmp_path / "out.mp4", "--scale", 1) == 0
+    assert "once more" not in run.err
+
+
+def test_other_commands_stop_at_once(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number, code in STOPS:
+        monkeypatch.setattr("duovsr.engine.doctor.examine", lambda number=number: os.kill(os.getpid(), number))
+        assert run("doctor") == code
+        assert run.err.startswith("error: ")

@@ -1,0 +1,111 @@
+"""Sound that a container does not hold is converted, and every sample stays at its time."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+
+from duovsr.video.remux import Window
+from tests.clips import click_times, start_time, write_clicks
+from tests.pieces import copy_clip
+from tests.test_video_remux import copy_streams, copy_without_picture
+
+
+@pytest.mark.parametrize(
+    ("codec", "source_suffix", "suffix", "becomes"),
+    [
+        ("flac", ".mkv", ".webm", "opus"),
+        ("libmp3lame", ".mkv", ".webm", "opus"),
+        ("aac", ".mp4", ".webm", "opus"),
+        ("ac3", ".mkv", ".webm", "opus"),
+        ("pcm_s16le", ".mov", ".webm", "opus"),
+        ("libopus", ".mkv", ".mov", "aac"),
+        ("flac", ".mkv", ".mov", "alac"),
+        ("pcm_u8", ".mkv", ".mp4", "alac"),
+        ("adpcm_ms", ".avi", ".mp4", "aac"),
+        ("adpcm_ms", ".avi", ".mkv", "flac"),
+    ],
+)
+@pytest.mark.parametrize("start", [Fraction(0), Fraction(13, 10)])
+def test_sound_that_the_container_does_not_hold_is_converted_in_time(
+    tmp_path: Path, codec: str, source_suffix: str, suffix: str, becomes: str, start: Fraction
+) -> None:
+    if source_suffix == ".avi" and start:
+        pytest.skip("avi has no late starts")
+    rate = 48000 if codec in ("libopus", "ac3") else 44100
+    video = "mpeg4" if source_suffix == ".avi" else "libx264"
+    source = write_clicks(tmp_path / f"in{source_suffix}", codec, rate=rate, start=start, video=video)
+    target = tmp_path / f"out{suffix}"
+    name = {"mp3": "mp3", "libmp3lame": "mp3", "libopus": "opus"}.get(codec, codec)
+    held = {".mkv": "matroska"}.get(suffix, suffix[1:])
+    assert copy_clip(source, target).notices[-1] == (
+        f"audio stream #1 ({name}) is converted to {becomes}: {held} does not hold it"
+    )
+    with av.open(str(target)) as container:
+        assert container.streams.audio[0].codec_context.codec.canonical_name == becomes
+    before, after = click_times(source), click_times(target)
+    assert len(before) == 4
+    moves = np.subtract(after, before)
+    assert np.abs(moves).max() <= 0.001
+    picture_moves = start_time(target, "video") - start_time(source, "video")
+    assert picture_moves == 0
+
+
+@pytest.mark.parametrize("layout", ["mono", "3.0", "quad", "5.1", "5.1(side)", "7.1"])
+@pytest.mark.parametrize(("codec", "suffix"), [("flac", ".webm"), ("pcm_u8", ".mp4"), ("libopus", ".mov")])
+def test_all_channels_are_converted(tmp_path: Path, codec: str, suffix: str, layout: str) -> None:
+    layout = "5.1" if codec == "libopus" and "(" in layout else layout
+    source = write_clicks(tmp_path / "in.mkv", codec, rate=48000, layout=layout)
+    copy_without_picture(source, tmp_path / f"out{suffix}")
+    with av.open(str(source)) as before, av.open(str(tmp_path / f"out{suffix}")) as after:
+        channels = before.streams.audio[0].codec_context.layout.nb_channels
+        assert after.streams.audio[0].codec_context.layout.nb_channels == channels
+    assert np.abs(np.subtract(click_times(tmp_path / f"out{suffix}"), click_times(source))).max() <= 0.001
+
+
+def hollow(source: Path, path: Path, first: Fraction, last: Fraction) -> Path:
+    """A copy of `source` whose sound has a hole."""
+    with av.open(str(source)) as container, av.open(str(path), "w") as out:
+        copies = {stream.index: out.add_stream_from_template(stream, opaque=True) for stream in container.streams}
+        for packet in container.demux():
+            inside = packet.pts is not None and first <= packet.pts * packet.time_base < last
+            if packet.size and not (inside and packet.stream.type == "audio"):
+                packet.stream = copies[packet.stream_index]
+                out.mux(packet)
+    return path
+
+
+def test_converted_sound_keeps_its_place_after_a_hole(tmp_path: Path) -> None:
+    whole = write_clicks(tmp_path / "whole.mkv", "pcm_s16le")
+    source = hollow(whole, tmp_path / "in.mkv", Fraction(7, 10), Fraction(23, 10))
+    copy_without_picture(source, tmp_path / "out.webm")
+    assert np.abs(np.subtract(click_times(tmp_path / "out.webm"), [0.5025, 2.5025, 3.5025])).max() <= 0.001
+    with av.open(str(tmp_path / "out.webm")) as container:
+        seconds = sum(frame.samples for frame in container.decode(audio=0)) / 48000
+    assert abs(seconds - 4) < 0.05  # the hole is silence, not a jump
+
+
+def test_converted_sound_of_a_window(tmp_path: Path) -> None:
+    source, target = write_clicks(tmp_path / "in.mkv", "pcm_s16le", video="libvpx-vp9"), tmp_path / "out.webm"
+    copy_streams(source, target, Window(Fraction(1), Fraction(3), Fraction(-1)))
+    assert np.abs(np.subtract(click_times(target), [0.5025, 1.5025])).max() <= 0.001
+
+
+def test_damaged_sound_is_counted_and_the_rest_stays_in_place(tmp_path: Path) -> None:
+    whole, source = write_clicks(tmp_path / "whole.mkv", "flac"), tmp_path / "in.mkv"
+    with av.open(str(whole)) as container, av.open(str(source), "w") as out:
+        copies = {stream.index: out.add_stream_from_template(stream, opaque=True) for stream in container.streams}
+        for index, packet in enumerate(packet for packet in container.demux() if packet.size):
+            damaged = av.Packet(bytes(255) if packet.stream.type == "audio" and index % 3 == 0 else bytes(packet))
+            damaged.pts, damaged.dts, damaged.time_base = packet.pts, packet.dts, packet.time_base
+            damaged.is_keyframe, damaged.stream = packet.is_keyframe, copies[packet.stream_index]
+            out.mux(damaged)
+    copier = copy_without_picture(source, tmp_path / "out.webm")
+    assert any("damaged packets of sound or subtitles were not copied" in notice for notice in copier.notices)
+    heard = click_times(tmp_path / "out.webm")
+    assert len(heard) >= 2
+    assert max(min(abs(time - true) for true in click_times(whole)) for time in heard) <= 0.001

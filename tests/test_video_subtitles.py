@@ -1,0 +1,196 @@
+"""Subtitles come along in every container: as they are, or as the container's own kind of text."""
+
+from __future__ import annotations
+
+import re
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import pytest
+
+from duovsr.video.remux import Window
+from tests.clips import Clip, packet_hashes, write_clip
+from tests.pieces import copy_clip
+from tests.test_video_remux import copy_streams, copy_without_picture
+
+MS = Fraction(1, 1000)
+SRT = """1
+00:00:00,100 --> 00:00:00,500
+Guten <i>Tag</i>, <b>Welt</b>
+zweite Zeile
+
+2
+00:00:00,700 --> 00:00:01,000
+Größe & mehr
+
+3
+00:00:01,000 --> 00:00:01,900
+Ende
+"""
+SPOKEN = [
+    (Fraction(1, 10), Fraction(1, 2), "Guten Tag, Welt\nzweite Zeile"),
+    (Fraction(7, 10), Fraction(1), "Größe & mehr"),
+    (Fraction(1), Fraction(19, 10), "Ende"),
+]
+ASS = r"""[Script Info]
+ScriptType: v4.00+
+
+[V4+ Styles]
+Format: Name, Fontname, Fontsize, PrimaryColour, Bold, Italic, Alignment, MarginL, MarginR, MarginV, Encoding
+Style: Default,Arial,16,&Hffffff,0,0,2,10,10,10,1
+
+[Events]
+Format: Layer, Start, End, Style, Name, MarginL, MarginR, MarginV, Effect, Text
+Dialogue: 0,0:00:00.10,0:00:00.50,Default,,0,0,0,,{\pos(10,20)}Guten {\i1}Tag{\i0}, {\b1}Welt{\b0}\Nzweite Zeile
+Dialogue: 0,0:00:00.70,0:00:01.00,Default,,0,0,0,,Größe & mehr
+Dialogue: 0,0:00:01.00,0:00:01.90,Default,,0,0,0,,Ende
+"""
+VTT = "WEBVTT\n\n" + SRT.replace(",", ".").replace("Tag</i>.", "Tag</i>,")
+
+
+def titled(folder: Path, script: str, suffix: str = ".mkv") -> Path:
+    """Two seconds of a clip with one track of subtitles, German and forced."""
+    kind = "ass" if script.startswith("[") else "vtt" if script.startswith("WEBVTT") else "srt"
+    text, clip = folder / f"script.{kind}", write_clip(folder / "clip.mkv", Clip(pts=range(0, 50 * 512, 512)))
+    text.write_text(script)
+    path = folder / f"in{suffix}"
+    with av.open(str(clip)) as pictures, av.open(str(text)) as titles, av.open(str(path), "w") as out:
+        video = out.add_stream_from_template(pictures.streams.video[0], opaque=True)
+        lines = out.add_stream_from_template(titles.streams.subtitles[0])
+        lines.metadata.update({"language": "ger", "title": "Untertitel"})
+        lines.disposition = av.stream.Disposition.forced
+        for container, stream in ((titles, lines), (pictures, video)):
+            for packet in container.demux():
+                if packet.size:
+                    packet.stream = stream
+                    out.mux(packet)
+    return path
+
+
+def spoken(path: Path) -> list[tuple[Fraction, Fraction, str]]:
+    """Start, end and bare text of everything that is shown."""
+    shown = []
+    with av.open(str(path)) as container:
+        for packet in container.demux(container.streams.subtitles[0]):
+            for line in packet.decode() if packet.size else []:
+                start = packet.pts * packet.time_base
+                text = re.sub(r"{[^}]*}", "", line.dialogue.decode()).strip()  # without ASS's formatting
+                shown.append((start, start + packet.duration * packet.time_base, text))
+    return shown
+
+
+def assert_shown(path: Path, expected: list[tuple[Fraction, Fraction, str]]) -> None:
+    found = spoken(path)
+    assert [text for _, _, text in found] == [text for _, _, text in expected]
+    for (start, end, _), (first, last, _) in zip(found, expected, strict=True):
+        assert abs(start - first) <= MS
+        assert abs(end - last) <= MS
+
+
+@pytest.mark.parametrize("script", [SRT, ASS, VTT], ids=["srt", "ass", "vtt"])
+def test_subtitles_are_copied_to_mkv(tmp_path: Path, script: str) -> None:
+    source, target = titled(tmp_path, script), tmp_path / "out.mkv"
+    assert copy_clip(source, target).notices == []
+    assert packet_hashes(target, "subtitles") == packet_hashes(source, "subtitles")
+    with av.open(str(source)) as before, av.open(str(target)) as after:
+        old, new = before.streams.subtitles[0], after.streams.subtitles[0]
+        assert new.codec_context.extradata == old.codec_context.extradata
+        assert (new.language, new.metadata["title"], new.disposition) == ("ger", "Untertitel", old.disposition)
+        assert av.stream.Disposition.forced in new.disposition
+
+
+@pytest.mark.parametrize("script", [SRT, ASS, VTT], ids=["srt", "ass", "vtt"])
+@pytest.mark.parametrize(("suffix", "becomes"), [(".mp4", "mov_text"), (".mov", "mov_text"), (".webm", "webvtt")])
+def test_text_becomes_what_the_container_holds(tmp_path: Path, script: str, suffix: str, becomes: str) -> None:
+    source, target = titled(tmp_path, script), tmp_path / f"out{suffix}"
+    assert_shown(source, SPOKEN)
+    name = {SRT: "subrip", ASS: "ass", VTT: "webvtt"}[script]
+    said = f"subtitle stream #1 ({name}) is converted to {becomes}: {suffix[1:]} does not hold it"
+    assert copy_without_picture(source, target).notices == ([] if name == becomes else [said])
+    assert_shown(target, SPOKEN)
+    with av.open(str(target)) as container:
+        stream = container.streams.subtitles[0]
+        assert stream.codec_context.codec.canonical_name == becomes
+        assert stream.language == "ger"
+
+
+@pytest.mark.parametrize("suffix", [".mkv", ".webm", ".mp4", ".mov"])
+def test_text_of_mp4(tmp_path: Path, suffix: str) -> None:
+    copy_clip(titled(tmp_path, SRT), tmp_path / "in.mp4")
+    target = tmp_path / f"out{suffix}"
+    becomes = {".mkv": "subrip", ".webm": "webvtt"}.get(suffix)
+    held = {".mkv": "matroska"}.get(suffix, suffix[1:])
+    said = f"subtitle stream #1 (mov_text) is converted to {becomes}: {held} does not hold it"
+    assert copy_without_picture(tmp_path / "in.mp4", target).notices == ([said] if becomes else [])
+    assert_shown(target, SPOKEN)
+
+
+def test_bold_and_italics_survive(tmp_path: Path) -> None:
+    copy_clip(titled(tmp_path, ASS), tmp_path / "out.mp4")
+    copy_clip(tmp_path / "out.mp4", tmp_path / "out.mkv")
+    with av.open(str(tmp_path / "out.mkv")) as container:
+        first = next(bytes(packet) for packet in container.demux(subtitles=0) if packet.size)
+    assert first == b"Guten <i>Tag</i>, <b>Welt</b>\nzweite Zeile"
+
+
+@pytest.mark.parametrize("suffix", [".mkv", ".mp4"])
+def test_subtitles_of_a_window(tmp_path: Path, suffix: str) -> None:
+    """The one that is shown when the window opens, or closes, is cut; all move."""
+    source, target = titled(tmp_path, SRT), tmp_path / f"out{suffix}"
+    copy_streams(source, target, Window(Fraction(2, 5), Fraction(3, 2), Fraction(-2, 5)))
+    expected = [
+        (Fraction(0), Fraction(1, 10), SPOKEN[0][2]),
+        (Fraction(3, 10), Fraction(6, 10), SPOKEN[1][2]),
+        (Fraction(6, 10), Fraction(11, 10), SPOKEN[2][2]),
+    ]
+    assert_shown(target, expected)
+    late = tmp_path / f"late{suffix}"
+    copy_streams(source, late, Window(Fraction(1), None, Fraction(-1)))
+    assert_shown(late, [(Fraction(0), Fraction(9, 10), "Ende")])
+
+
+def test_subtitles_that_are_not_wanted(tmp_path: Path) -> None:
+    source = titled(tmp_path, SRT)
+    assert copy_streams(source, tmp_path / "out.mp4", subtitles=False).notices == []
+    with av.open(str(tmp_path / "out.mp4")) as container:
+        assert not container.streams.subtitles
+
+
+def with_pictures_for_subtitles(folder: Path) -> Path:
+    """A clip with a track of Blu-ray subtitles: one empty display set."""
+    clip, path = write_clip(folder / "clip.mkv", Clip()), folder / "in.mkv"
+    with av.open(str(clip)) as pictures, av.open(str(path), "w") as out:
+        video = out.add_stream_from_template(pictures.streams.video[0], opaque=True)
+        lines = out.add_mux_stream("hdmv_pgs_subtitle")
+        lines.time_base = MS
+        ends = av.Packet(b"\x80\x00\x00")  # an end segment
+        ends.pts = ends.dts = 100
+        ends.time_base, ends.stream = MS, lines
+        out.mux(ends)
+        for packet in pictures.demux():
+            if packet.size:
+                packet.stream = video
+                out.mux(packet)
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mov", ".webm"])
+def test_subtitles_that_are_pictures_stay_in_mkv(tmp_path: Path, suffix: str) -> None:
+    source = with_pictures_for_subtitles(tmp_path)
+    assert copy_clip(source, tmp_path / "out.mkv").notices == []
+    assert packet_hashes(tmp_path / "out.mkv", "subtitles") == packet_hashes(source, "subtitles")
+    assert copy_without_picture(source, tmp_path / f"out{suffix}").notices == [
+        f"subtitle stream #1 (hdmv_pgs_subtitle) is not kept: {suffix[1:]} does not hold it"
+    ]
+    with av.open(str(tmp_path / f"out{suffix}")) as container:
+        assert not container.streams.subtitles
+
+
+def test_damaged_text_is_no_end(tmp_path: Path) -> None:
+    """Bytes that are not UTF-8 in the middle: the lines around them come along."""
+    source = titled(tmp_path, SRT)
+    source.write_bytes(source.read_bytes().replace("Größe".encode(), b"Gr\xff\xfe\xff\xfee"))
+    copy_clip(source, tmp_path / "out.mp4")
+    texts = [text for _, _, text in spoken(tmp_path / "out.mp4")]
+    assert (texts[0], texts[-1]) == (SPOKEN[0][2], "Ende")
