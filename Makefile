@@ -10,11 +10,12 @@ SOURCES := $(shell find duovsr weights -type f -not -name '*.pyc')
 # The editable install of `make test` serves the demo too; without it the demo installs the package as users do.
 INSTALLED := $(or $(wildcard $(VENV)/.dev),$(VENV)/.run)
 
-.PHONY: help demo test clean
+.PHONY: help demo test test-slow clean
 
 help:
 	@echo "make demo   install duovsr into $(VENV) and upscale $(SAMPLE) x4 with the embedded model"
 	@echo "make test   install duovsr with its development tools into $(VENV) and run every check"
+	@echo "make test-slow  the tests that take minutes, at full size"
 	@echo "make clean  remove $(VENV), out/ and caches"
 	@echo "PYTHON=...  another interpreter than python3"
 
@@ -29,6 +30,9 @@ test: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q
+
+test-slow: $(VENV)/.dev
+	$(BIN)/python -m pytest -q -m slow
 
 clean:
 	rm -rf $(VENV) out build dist .pytest_cache .mypy_cache .ruff_cache
