@@ -1,0 +1,80 @@
+"""Models on windows of held-out sources, to choose by: never the evaluation set.
+
+    python -m benchmarks.held_out MODEL ... --pool POOL --niqe NIQE.npz [--windows 28] [--share 0.25 0.5 0.75]
+
+MODEL is a model folder or a run of `duovsr train`; POOL is made by `duovsr train pool --set validation=true`. Each
+`--share` adds a blend of the first two models, so much of the second (as `duovsr train export --set blend=`). Prints a
+line for each: means over the windows. VMAF is of the offline ranker, on five frames: compare within a table only.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from statistics import fmean
+
+import torch
+
+from duovsr.metrics.meter import Unmeasurable
+from duovsr.options import PRESETS
+from duovsr.train.data import Pool
+from duovsr.train.distributed import World
+from duovsr.train.draws import Draws
+from duovsr.train.loop import Run
+from duovsr.train.options import RefineConfig
+from duovsr.train.rankers import Ranker, make_rankers
+from duovsr.train.roles import Inputs, diffusion_model, ode_restore
+from duovsr.train.runs import Weights, load_weights
+
+CPU = torch.device("cpu")
+SIDE, FRAMES = 192, 5
+
+
+def blended(first: Weights, second: Weights, share: float) -> Weights:
+    return {
+        name: {key: torch.lerp(value.float(), second[name][key].float(), share) for key, value in first[name].items()}
+        for name in ("model", "vae")
+    }
+
+
+@torch.no_grad()
+def scores(weights: Weights, pool: Pool, rankers: list[Ranker], windows: int) -> dict[str, float]:
+    """Means over the first `windows` of the pool; a ranker passes over what it cannot measure."""
+    preset, run = PRESETS["tiny"], Run(Path(), RefineConfig(), World(0, 1, CPU))
+    inputs = Inputs(preset, pool, None, weights, Path())
+    student = diffusion_model(preset, inputs.weights("model"), run, trained=False)
+    restore = ode_restore(run, preset, inputs.autoencoder(run), student, steps=1, shift=1.0)
+    found: dict[str, list[float]] = {ranker.name: [] for ranker in rankers}
+    for row in range(windows):
+        hq, lq = pool.fixed(range(row, row + 1), SIDE, FRAMES, CPU)
+        draws = Draws.of(range(row, row + 1), seed=0, step=0, part=1, device=CPU)
+        output = restore(hq, lq, draws).float()
+        for ranker in rankers:
+            try:
+                found[ranker.name].append(ranker(output, hq))
+            except Unmeasurable:
+                continue
+    return {name: fmean(values) for name, values in found.items() if values}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="+", type=Path)
+    parser.add_argument("--pool", type=Path, required=True)
+    parser.add_argument("--niqe", type=Path, required=True)
+    parser.add_argument("--windows", type=int, default=28)
+    parser.add_argument("--share", type=float, nargs="*", default=[])
+    args = parser.parse_args()
+    pool = Pool([args.pool])
+    rankers = make_rankers(("psnr", "ssim", "vmaf", "detail", "steady", f"niqe:{args.niqe}"), CPU)
+    candidates = {str(path): load_weights(path) for path in args.models}
+    for share in args.share:
+        first, second = list(candidates.values())[:2]
+        candidates[f"{share:g} of the second"] = blended(first, second, share)
+    for name, weights in candidates.items():
+        line = ", ".join(f"{key} {value:.3f}" for key, value in scores(weights, pool, rankers, args.windows).items())
+        print(f"{name}: {line}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
