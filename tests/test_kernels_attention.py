@@ -42,6 +42,18 @@ def test_windowed_equals_reference(T: int, H: int, W: int, past: int, shifted: b
 def test_window_of_the_whole_frame_equals_full_attention() -> None:
     q, k, v = torch.randn(3, 1, 1, 6, 5, 2, 8)
     assert_close(attention(q, k, v, WindowConfig(6, 5, past=0)), attention(q, k, v))
+    q, k, v = torch.randn(3, 2, 3, 6, 5, 2, 8)
+    assert_close(attention(q, k, v, WindowConfig(6, 5, past=None)), attention(q, k, v))
+
+
+@pytest.mark.parametrize("shifted", [False, True])
+def test_a_window_over_all_frames_sees_them_all_and_only_its_own_place(shifted: bool) -> None:
+    """As with a past of all frames, which are put in front of a last one."""
+    q, k, v = torch.randn(3, 2, 3, 7, 5, 2, 8)
+    result = attention(q, k, v, WindowConfig(4, 4, past=None), shifted=shifted)
+    for t in range(3):
+        last = attention(q[:, t : t + 1], k, v, WindowConfig(4, 4, past=2), shifted=shifted)
+        assert_close(result[:, t : t + 1], last)
 
 
 @pytest.mark.parametrize("shifted", [False, True])

@@ -11,11 +11,13 @@ import seeded
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.testing import assert_close
 
+from duovsr.model import wan_vae
 from duovsr.model.key_maps import to_original
 from duovsr.model.tiny_vae import VAEState
-from duovsr.model.wan_vae import ChannelNorm, WanVAE
+from duovsr.model.wan_vae import ChannelNorm, DoublingConv, WanVAE
 from duovsr.options import WAN_LATENT_MEAN, WAN_LATENT_STD, WanVAEConfig
 
 GOLDEN = Path(__file__).parent / "data" / "wan_vae.safetensors"  # save_file(diffusers_outputs(small), GOLDEN)
@@ -132,6 +134,34 @@ def test_bfloat16_stays_close(small: WanVAE) -> None:
     decoded, expected = half.decode(latents)[0], small.decode(latents)[0]
     assert decoded.dtype == torch.float32
     assert (decoded - expected).abs().max() < 0.05 * expected.abs().max()
+
+
+@pytest.mark.parametrize(("H", "W"), [(1, 1), (5, 7), (8, 6)])
+def test_a_doubling_convolution_equals_that_of_the_enlarged_picture(H: int, W: int) -> None:
+    layer, x = DoublingConv(12, 6, 3, padding=1), seeded.normal(97, 2, 12, H, W)
+    seeded.fill(layer)
+    enlarged = functional.interpolate(x, scale_factor=2.0, mode="nearest-exact")
+    assert_close(layer(x), functional.conv2d(enlarged, layer.weight, layer.bias, padding=1), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("most", [1, 300, 1000])
+def test_attention_by_rows_is_attention(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wan_vae, "MOST_SCORES", most)
+    q, k, v = seeded.normal(96, 3, 1, 35, 16)
+    weights = (q @ k.transpose(1, 2) / 4).softmax(-1)
+    assert_close(wan_vae.attend(q, k, v), weights @ v, rtol=0, atol=1e-5)
+
+
+def test_attention_writes_down_no_more_than_it_may(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = []
+    attention = functional.scaled_dot_product_attention
+    monkeypatch.setattr(wan_vae, "MOST_SCORES", 300)
+    monkeypatch.setattr(
+        functional, "scaled_dot_product_attention", lambda q, k, v: (rows.append(q.shape[2]), attention(q, k, v))[1]
+    )
+    wan_vae.attend(*seeded.normal(96, 3, 1, 35, 16))
+    assert sum(rows) == 35
+    assert max(rows) * 35 <= 300
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

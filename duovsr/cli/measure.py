@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
-from duovsr.cli.parameters import Device, Dtype, Json, Model
+from duovsr.cli.parameters import Device, Dtype, Json, Model, parse_size
 from duovsr.cli.show import print_json, say, show, show_scores
-from duovsr.errors import EXIT_WARNINGS
+from duovsr.errors import EXIT_WARNINGS, UsageError
 from duovsr.options import UpscaleOptions
 
 
@@ -20,11 +20,27 @@ def bench(
     device: Device = "auto",
     dtype: Dtype = "auto",
     repeat: Annotated[int, typer.Option(min=1, help="Measured runs; the median is shown.")] = 3,
+    random_weights: Annotated[
+        bool, typer.Option("--random-weights", help="One call of the preset's networks, against their counted work.")
+    ] = False,
+    size: Annotated[str | None, typer.Option(metavar="WxH", help="Of its output. Default: 1920x1080.")] = None,
+    frames: Annotated[int | None, typer.Option(help="Of it, 4k + 1. Default: 21.")] = None,
+    window: Annotated[int | None, typer.Option(help="Of its attention, in pixels. Default: the preset's.")] = None,
     as_json: Json = False,
 ) -> None:
     """Measure load time, the share of every stage, speed and peak memory."""
-    from duovsr.engine.bench import run_bench
+    from duovsr.engine.bench import run_bench, run_workload
 
+    if random_weights:
+        if clip is not None:
+            raise UsageError("--random-weights measures a clip of its own", hint=f"leave out `{clip}`")
+        target = parse_size(size or "1920x1080")
+        show(
+            run_workload(model, target, frames or 21, device=device, dtype=dtype, window=window, repeat=repeat), as_json
+        )
+        return
+    if (size, frames, window) != (None, None, None):
+        raise UsageError("--size, --frames and --window are for --random-weights", hint="add it, or use --scale")
     result = run_bench(clip, UpscaleOptions(scale=scale), model=model, device=device, dtype=dtype, repeat=repeat)
     show(result, as_json)
 

@@ -6,7 +6,17 @@ from typing import Annotated
 
 import typer
 
+from duovsr.errors import UsageError
+
 Model = Annotated[str, typer.Option(help="A preset, a folder, or owner/name@revision: see `duovsr models`.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 Json = Annotated[bool, typer.Option("--json", help="Print a report as JSON to stdout.")]
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """`WIDTHxHEIGHT` in pixels. Raises UsageError."""
+    width, _, height = text.lower().partition("x")
+    if not (width.isdecimal() and height.isdecimal()):
+        raise UsageError(f"unsupported size: `{text}`", hint="use `--size WIDTHxHEIGHT`, such as 1280x720")
+    return int(width), int(height)

@@ -11,7 +11,7 @@ import typer
 
 from duovsr.cli.file import upscale_file
 from duovsr.cli.folder import upscale_folder
-from duovsr.cli.parameters import Device, Dtype, Json, Model
+from duovsr.cli.parameters import Device, Dtype, Json, Model, parse_size
 from duovsr.errors import UsageError
 from duovsr.options import Position, UpscaleOptions
 
@@ -79,7 +79,7 @@ def upscale(
     """Upscale a video, with its sound and its timing. What was interrupted goes on with the same command."""
     options = UpscaleOptions(
         scale=scale,
-        size=_parse_size(size),
+        size=None if size is None else parse_size(size),
         seed=seed,
         strength=strength,
         chunk=chunk,
@@ -118,15 +118,6 @@ def _load(model: str, device: str, dtype: str) -> Upscaler:
     from duovsr.engine.upscaler import Upscaler
 
     return Upscaler.from_preset(model, device=device, dtype=dtype)
-
-
-def _parse_size(text: str | None) -> tuple[int, int] | None:
-    if text is None:
-        return None
-    width, _, height = text.lower().partition("x")
-    if not (width.isdecimal() and height.isdecimal()):
-        raise UsageError(f"unsupported size: `{text}`", hint="use `--size WIDTHxHEIGHT`, such as 1280x720")
-    return int(width), int(height)
 
 
 def _parse_tile(text: str) -> int | None:

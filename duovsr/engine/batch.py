@@ -182,4 +182,3 @@ def _read_errors(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise InputError(f"cannot read the folder `{folder}`: {error.strerror}") from error
-

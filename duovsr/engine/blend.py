@@ -31,6 +31,7 @@ def blend_tiles(parts: Iterable[Tensor], tiles: tuple[Tile, ...], width: int, he
         region = (..., slice(tile.y, tile.y + tile.height), slice(tile.x, tile.x + tile.width))
         merged[region] += part * weight
         total[region] += weight
+        del part  # not while the next one is made
     assert merged is not None
     return merged.div_(total)
 

@@ -40,8 +40,8 @@ class _Memory(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.peak = self.most_elements = 0
-        self._live: dict[int, int] = {}
+        self.peak = self.most_elements = self._live = 0
+        self._followed: set[int] = set()
 
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -54,8 +54,13 @@ class _Memory(TorchDispatchMode):
         return result
 
     def _follow(self, storage: torch.UntypedStorage) -> None:
-        key = storage._cdata
-        if key not in self._live:
-            self._live[key] = storage.nbytes()
-            weakref.finalize(storage, self._live.pop, key)
-            self.peak = max(self.peak, sum(self._live.values()))
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self._followed:
+            self._followed.add(key)
+            self._live += size
+            self.peak = max(self.peak, self._live)
+            weakref.finalize(storage, self._freed, key, size)
+
+    def _freed(self, key: int, size: int) -> None:
+        self._followed.remove(key)
+        self._live -= size

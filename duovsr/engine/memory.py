@@ -22,10 +22,14 @@ _PART = 0.6  # of the free memory may be planned for: other processes, fragmenta
 def free_memory(device: torch.device) -> int:
     """Bytes that a plan may spend on `device`."""
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0] * _PART)
+        return spendable(torch.cuda.mem_get_info(device)[0])
     if device.type == "mps":
-        return int((torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()) * _PART)
-    return int(_free_host_memory() * _PART)
+        return spendable(torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory())
+    return spendable(_free_host_memory())
+
+
+def spendable(free_bytes: int) -> int:
+    return int(free_bytes * _PART)
 
 
 def _free_host_memory() -> int:
@@ -80,24 +84,21 @@ def weight_bytes(module: nn.Module) -> int:
 
 def to_host(module: nn.Module) -> None:
     """Move the weights to host memory: page-locked, where the GPU fetches them at the full speed of the bus."""
-    for tensor in chain(module.parameters(), module.buffers()):
-        if tensor.is_cuda:
-            tensor.data = tensor.data.cpu().pin_memory()
+    weights = module.state_dict()
+    if any(tensor.is_cuda for tensor in weights.values()):
+        module.load_state_dict({name: tensor.cpu().pin_memory() for name, tensor in weights.items()}, assign=True)
 
 
 @contextmanager
 def lent(module: nn.Module, device: torch.device) -> Iterator[None]:
     """The weights are on `device` in this context, and afterwards where they were: nothing is copied back."""
-    tensors = list(chain(module.parameters(), module.buffers()))
-    homes = [tensor.data for tensor in tensors]
+    home = module.state_dict()
+    lent_weights = {name: tensor.to(device, non_blocking=True) for name, tensor in home.items()}
+    module.load_state_dict(lent_weights, assign=True)
     try:
-        with torch.inference_mode(False):  # weights that inference mode makes could not be put in place
-            for tensor in tensors:
-                tensor.data = tensor.data.to(device, non_blocking=True)
         yield
     finally:
-        for tensor, home in zip(tensors, homes, strict=True):
-            tensor.data = home
+        module.load_state_dict(home, assign=True)
 
 
 def _glibc() -> ctypes.CDLL | None:

@@ -40,7 +40,7 @@ MODEL_BYTES = {2: 110, 4: 130}
 # one, and what a latent takes. Of a clip, in bytes per pixel and frame: the LQ, padded, and the result.
 WAN_ENCODE = (25, 17)
 WAN_DECODE = (50, 17)
-CLIP_BYTES = 40
+CLIP_BYTES = 48
 
 
 @dataclass(frozen=True)
@@ -186,10 +186,7 @@ def planned_bytes(plan: Plan, preset: Preset, dtype_bytes: int, weights: WeightB
         whole = frame * (BYTES_PER_PIXEL + BYTES_PER_PIXEL_AND_FRAME * plan.chunk)
         return BASE_BYTES + whole + tile * (plan.chunk + 1) * MODEL_BYTES[dtype_bytes]
     frames = plan.chunk + (plan.overlap or 0) + 1
-    latents = (frames - 1) // TEMPORAL_FACTOR + 1
-    tokens = tile // PAD_MULTIPLE**2 * latents
-    config = preset.transformer
-    transformer = tokens * (2 * config.ffn_dim + 5 * config.dim) * dtype_bytes
+    transformer = _tokens(plan) * (2 * preset.transformer.ffn_dim + 5 * preset.transformer.dim) * dtype_bytes
     if isinstance(preset.vae, WanVAEConfig):
         a_pixel = max(state + latent * plan.vae_latents for state, latent in (WAN_ENCODE, WAN_DECODE))
         vae = _vae_pixels(plan) * preset.vae.dim * a_pixel * dtype_bytes
@@ -209,10 +206,16 @@ def _vae_pixels(plan: Plan) -> int:
 
 
 def _largest_tensor(plan: Plan, preset: Preset) -> int:
-    """Elements: at full size, the frames of a call and the two before them."""
+    """Elements: of the feed-forward layers; of Wan2.1's autoencoder the frames of a call and the two before them."""
+    transformer = _tokens(plan) * preset.transformer.ffn_dim
     if not isinstance(preset.vae, WanVAEConfig):
-        return 0
-    return _vae_pixels(plan) * preset.vae.dim * (TEMPORAL_FACTOR * plan.vae_latents + 2)
+        return transformer
+    return max(transformer, _vae_pixels(plan) * preset.vae.dim * (TEMPORAL_FACTOR * plan.vae_latents + 2))
+
+
+def _tokens(plan: Plan) -> int:
+    frames = plan.chunk + (plan.overlap or 0) + 1
+    return plan.tiles[0].width * plan.tiles[0].height // PAD_MULTIPLE**2 * ((frames - 1) // TEMPORAL_FACTOR + 1)
 
 
 def _chunks(options: UpscaleOptions, usual: tuple[int, ...]) -> tuple[int, ...]:

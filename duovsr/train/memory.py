@@ -109,7 +109,8 @@ def forward_flops(config: TransformerConfig, stage: StageConfig) -> float:
     T, S = tokens(stage)
     d, seen = config.dim, T * S
     if config.window is not None:
-        seen = min(S, config.window.height * config.window.width) * (config.window.past + 1)
+        frames = T if config.window.past is None else config.window.past + 1
+        seen = min(S, config.window.height * config.window.width) * frames
     a_token = 12 * d**2 + 4 * d * config.ffn_dim + 4 * d * (config.text_length + seen)
     return config.layers * T * S * float(a_token)
 
