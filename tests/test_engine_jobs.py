@@ -77,7 +77,8 @@ def folder_of(target: Path) -> Path:
 
 def journaled_frames(target: Path) -> int:
     journal = folder_of(target) / "journal.jsonl"
-    return sum(len(json.loads(line)["pts"]) for line in journal.read_text().splitlines()) if journal.exists() else 0
+    lines = journal.read_text().splitlines() if journal.exists() else []
+    return sum(len(json.loads(line.partition(" ")[2])["pts"]) for line in lines)
 
 
 @pytest.mark.parametrize("frames", [0, 5, 13, 30, 52, 74])
@@ -134,6 +135,7 @@ def test_what_is_missing_empty_or_altered_is_made_again(
         lambda lines: [*lines[:-1], lines[-1][: len(lines[-1]) // 2]],
         lambda lines: ["garbage", *lines, '{"piece": 1}', "[]", '"'],
         lambda lines: [line.replace('"piece": 1', '"piece": 7') for line in lines],
+        lambda lines: [line.replace('"pts": [0, 512', '"pts": [0, 513') for line in lines],
         lambda lines: [],
     ],
 )
@@ -144,6 +146,49 @@ def test_the_journal_is_not_trusted(
     journal.write_text("\n".join(damage(journal.read_text().splitlines())) + "\n")
     small_upscaler.upscale_file(clip, half, OPTIONS)
     assert frame_hashes(half) == whole
+
+
+def test_a_torn_line_costs_no_other(half: Path, clip: Path, whole: list[str], small_upscaler: Upscaler) -> None:
+    with (folder_of(half) / "journal.jsonl").open("a") as journal:
+        journal.write('0123 {"piece": 4, "pts": [1, 2')
+    with pytest.raises(Crash):
+        small_upscaler.upscale_file(clip, half, OPTIONS, crash_after(70))
+    done = journaled_frames(half)
+    assert small_upscaler.upscale_file(clip, half, OPTIONS).reused == done > 52
+    assert frame_hashes(half) == whole
+
+
+@pytest.mark.parametrize("plan", [{}, [], None, "x", {"chunk": 4}])
+def test_a_damaged_record_begins_anew(
+    half: Path, clip: Path, whole: list[str], small_upscaler: Upscaler, plan: object
+) -> None:
+    record = folder_of(half) / "job.json"
+    record.write_text(json.dumps({**json.loads(record.read_text()), "plan": plan}))
+    assert small_upscaler.upscale_file(clip, half, OPTIONS).reused == 0
+    assert frame_hashes(half) == whole
+
+
+def test_what_is_not_the_jobs_is_left_alone(half: Path, clip: Path, small_upscaler: Upscaler) -> None:
+    (folder_of(half) / "thesis.txt").write_text("mine")
+    small_upscaler.upscale_file(clip, half, UpscaleOptions(**{**vars(OPTIONS), "restart": True}))
+    assert os.listdir(folder_of(half)) == ["thesis.txt"]
+
+
+def test_images_that_were_cut_off_go_on(
+    clip: Path, small_upscaler: Upscaler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target, options = tmp_path / "%03d.png", UpscaleOptions(scale=2)
+
+    def fail(*_: object) -> None:
+        raise Crash
+
+    with monkeypatch.context() as patch, pytest.raises(Crash):
+        patch.setattr("duovsr.video.pictures.fsync", lambda path: fail() if (tmp_path / "003.png").exists() else None)
+        small_upscaler.upscale_file(clip, target, options)
+    assert small_upscaler.upscale_file(clip, target, options).reused == FRAMES
+    assert len(os.listdir(tmp_path)) == FRAMES
+    with pytest.raises(UsageError, match="the target exists"):
+        small_upscaler.upscale_file(clip, target, options)
 
 
 def test_the_recorded_plan_is_used(half: Path, clip: Path, whole: list[str], small_upscaler: Upscaler) -> None:
@@ -246,9 +291,9 @@ def fill_the_disk(patch: pytest.MonkeyPatch, where: str) -> None:
     if where == "piece":
         patch.setattr(encoder.VideoEncoder, "_encode", in_disk_errors(failing(encoder.VideoEncoder._encode, 40)))
     elif where == "journal":
-        patch.setattr(jobs, "fsync_folder", failing(jobs.fsync_folder, 3))
+        patch.setattr(jobs, "fsync_folder", failing(jobs.fsync_folder, 5))
     elif where == "state":
-        patch.setattr(jobs.torch, "save", failing(jobs.torch.save, 2))
+        patch.setattr(jobs.os, "fsync", failing(os.fsync, 6))
     else:
         patch.setattr(files, "join_pieces", in_disk_errors(failing(files.join_pieces, 0)))
 

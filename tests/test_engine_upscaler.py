@@ -182,7 +182,9 @@ def test_a_file_keeps_count_size_times_and_sound(
     seen: list[Progress] = []
     report = small_upscaler.upscale_file(source, tmp_path / "out.mp4", UpscaleOptions(scale=scale), seen.append)
     assert report.frames == count
-    assert [progress.done for progress in seen] == list(range(1, count + 1))
+    done = [progress.done for progress in seen]
+    assert done == sorted(set(done)), "a report a chunk"
+    assert done[-1] == count
     with VideoReader(source) as before, VideoReader(tmp_path / "out.mp4") as after:
         times = [(frame.pts * frame.time_base) for frame in before]
         assert [(frame.pts * frame.time_base) for frame in after] == times

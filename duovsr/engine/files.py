@@ -126,7 +126,7 @@ def upscale_file(
             _to_pipe(work, reader, target)
         else:
             rehearse(target, info, *plan.target_size, encoding)
-            check_space(destination, 2 * _estimate_bytes(info, plan))  # pieces, and the file
+            check_space(destination, 2 * _least_bytes(info, plan, encoding))  # pieces, and the file
             with Job(destination, _identity(work), plan, restart=options.restart or source == PIPE) as job:
                 work.plan = job.plan
                 _make_pieces(work, reader, job)
@@ -228,6 +228,8 @@ def _put_together(work: _Work, reader: VideoReader, job: Job, target: Target) ->
         shift -= first
     partial = job.folder / "output.part"
     if target.kind != "video":
+        if target.kind == "images":
+            job.begin_publishing()
         write_pictures(pieces, partial, target, options.overwrite)
     else:
         work.notices += join_pieces(
@@ -281,6 +283,7 @@ def _pixels(frames: Iterator[Frame], times: deque[Frame]) -> Iterator[np.ndarray
         yield frame.pixels
 
 
-def _estimate_bytes(info: VideoInfo, plan: Plan) -> int:
-    """A guess of the output's size, 0.2 bytes a pixel and frame: only a disk that is all but full is refused early."""
-    return int((info.num_frames or 0) * plan.target_size[0] * plan.target_size[1] * 0.2)
+def _least_bytes(info: VideoInfo, plan: Plan, encoding: Encoding) -> int:
+    """What even a dull clip takes: only a job that cannot fit is refused early."""
+    rate = 0.1 if encoding.name == "ffv1" else 0.001  # bytes a pixel and frame
+    return int((info.num_frames or 0) * plan.target_size[0] * plan.target_size[1] * rate)

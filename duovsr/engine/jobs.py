@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
-import shutil
 import socket
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -24,7 +25,7 @@ from duovsr.model.tiny_vae import VAEState
 from duovsr.model.transformer import TransformerState
 from duovsr.video.encoder import VideoEncoder
 from duovsr.video.mux import Piece
-from duovsr.video.output import JOB_SUFFIX, disk_errors, fsync, fsync_folder
+from duovsr.video.output import JOB_SUFFIX, PUBLISHING, disk_errors, fsync, fsync_folder
 
 States = tuple[RestoreState | None, ...]  # one a tile
 
@@ -48,8 +49,9 @@ class Job:
     """The unfinished work on one target: `TARGET.duovsr/`. Open for one process at a time.
 
     `identity` is all that the pixels depend on; a folder of another identity is refused, or discarded by `restart`.
-    `plan` is the recorded one, whatever memory is free today. Nothing in the folder is trusted: a piece counts if its
-    size and sha256 are those of its journal line. Leaving the context keeps the folder if it holds a piece.
+    `plan` is the recorded one, whatever memory is free today. Nothing in the folder is trusted: a line of the journal
+    counts if it begins with its own sha256, and a piece if its size and sha256 are those of its line. Leaving the
+    context keeps the folder if it holds a piece.
     """
 
     def __init__(self, destination: Path, identity: dict[str, Any], plan: Plan, *, restart: bool) -> None:
@@ -61,6 +63,7 @@ class Job:
         self._lock = FileLock(self.folder / "lock")
         with disk_errors(self.folder):
             self.folder.mkdir(exist_ok=True)
+            fsync_folder(self.folder.parent)
         self._take_lock()
         try:
             with disk_errors(self.folder / "job.json"):
@@ -76,7 +79,11 @@ class Job:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if not self._entries:
-            shutil.rmtree(self.folder, ignore_errors=True)
+            self._clear()
+            for name in ("owner", "lock"):
+                (self.folder / name).unlink(missing_ok=True)
+            with suppress(OSError):  # something else lies in it
+                self.folder.rmdir()
         self._lock.release()
 
     @property
@@ -121,10 +128,11 @@ class Job:
             )
             os.replace(partial, path)
             fsync_folder(self.folder)
-            with (self.folder / "journal.jsonl").open("a") as journal:
-                journal.write(json.dumps(vars(entry)) + "\n")
+            with self._journal.open("a") as journal:
+                journal.write(_line(entry))
                 journal.flush()
                 os.fsync(journal.fileno())
+            fsync_folder(self.folder)
             self._state_path(piece + 1 - _STATES_KEPT).unlink(missing_ok=True)
         self._entries[piece] = entry
         self._redo.discard(piece)
@@ -134,6 +142,12 @@ class Job:
         return [
             Piece(self.path(number), entry.pts, entry.reordering) for number, entry in sorted(self._entries.items())
         ]
+
+    def begin_publishing(self) -> None:
+        """From here on some of a target's images are in place: the same command may go on over them."""
+        with disk_errors(self.folder):
+            (self.folder / PUBLISHING).touch()
+            fsync_folder(self.folder)
 
     def remove(self) -> None:
         """The target is in place: nothing of the job is of use."""
@@ -153,7 +167,7 @@ class Job:
 
     def _open(self, identity: dict[str, Any], restart: bool) -> None:
         record = self.folder / "job.json"
-        known = _read_json(record)
+        known = _read_record(record)
         if known is not None and not restart:
             if known.get("identity") != identity:
                 changed = _difference(known["identity"], identity)
@@ -163,28 +177,33 @@ class Job:
                 )
             self.plan = Plan.from_json(known["plan"])
             self._read_journal()
+            self._replace(self._journal, "".join(map(_line, self._entries.values())))  # without what does not count
         else:
-            for path in self.folder.iterdir():
-                if path.name not in ("lock", "owner"):
-                    path.unlink()
-            content = json.dumps({"identity": identity, "plan": self.plan.to_json()}, indent=1)
-            partial = self.folder / "job.part"
-            partial.write_text(content)
-            fsync(partial)
-            os.replace(partial, record)
-            fsync_folder(self.folder)
+            self._clear()
+            self._replace(record, json.dumps({"identity": identity, "plan": self.plan.to_json()}, indent=1))
         for leftover in self.folder.glob("*.part"):
             leftover.unlink()
 
+    def _replace(self, path: Path, content: str) -> None:
+        partial = path.with_suffix(".part")
+        partial.write_text(content)
+        fsync(partial)
+        os.replace(partial, path)
+        fsync_folder(self.folder)
+
+    def _clear(self) -> None:
+        """Delete what a job writes, and nothing else."""
+        for pattern in ("piece_*.mkv", "state_*.pt", "*.part", "journal.jsonl", "job.json", PUBLISHING):
+            for path in self.folder.glob(pattern):
+                path.unlink()
+
     def _read_journal(self) -> None:
-        journal = self.folder / "journal.jsonl"
-        lines = journal.read_text(errors="replace").splitlines() if journal.exists() else []
+        lines = self._journal.read_text(errors="replace").splitlines() if self._journal.exists() else []
         for line in lines:  # a later line about the same piece counts
-            try:
-                entry = _Entry(**json.loads(line))
-            except (ValueError, TypeError):  # cut off, or altered
-                continue
-            self._entries[entry.piece] = entry
+            digest, _, content = line.partition(" ")
+            if hashlib.sha256(content.encode()).hexdigest() == digest:  # else it is cut off, or altered
+                entry = _Entry(**json.loads(content))
+                self._entries[entry.piece] = entry
         damaged = [number for number, entry in self._entries.items() if not self._holds(number, entry)]
         damaged += set(range(max(self._entries, default=-1))) - set(self._entries)  # the line was lost
         for number in damaged:
@@ -206,14 +225,20 @@ class Job:
         before, path = self._entries.get(piece - 1), self._state_path(piece)
         return before is not None and path.is_file() and _sha256(path) == before.state_sha256
 
+    @property
+    def _journal(self) -> Path:
+        return self.folder / "journal.jsonl"
+
     def _state_path(self, piece: int) -> Path:
         return self.folder / f"state_{piece:06d}.pt"
 
     def _save_states(self, piece: int, states: States) -> str:
         path = self._state_path(piece)
         partial = path.with_suffix(".part")
+        content = io.BytesIO()  # torch would hide why a file cannot be written
+        torch.save(states, content)
         with partial.open("wb") as file:
-            torch.save(states, file)
+            file.write(content.getbuffer())
             file.flush()
             os.fsync(file.fileno())
         digest = _sha256(partial)
@@ -244,13 +269,19 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _read_json(path: Path) -> dict[str, Any] | None:
+def _line(entry: _Entry) -> str:
+    content = json.dumps(vars(entry))
+    return f"{hashlib.sha256(content.encode()).hexdigest()} {content}\n"
+
+
+def _read_record(path: Path) -> dict[str, Any] | None:
+    """`job.json`; None where it is missing or damaged."""
     try:
         content = json.loads(path.read_text())
-    except (OSError, ValueError):
+        Plan.from_json(content["plan"])
+        return content if isinstance(content["identity"], dict) else None
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return None
-    whole = isinstance(content, dict) and isinstance(content.get("identity"), dict) and "plan" in content
-    return content if whole else None
 
 
 def _difference(known: dict[str, Any], identity: dict[str, Any]) -> str:

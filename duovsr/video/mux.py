@@ -76,8 +76,8 @@ def join_pieces(
                 copier.finish()
             container.close()
     except av.error.FFmpegError as error:
-        message = f"the {format_name} file cannot be finished: {error.strerror}"
-        raise DuovsrError(message, hint="write to .mkv, which holds most") from error
+        hint = None if format_name == "matroska" else "write to .mkv, which holds most"
+        raise DuovsrError(f"the {format_name} file cannot be finished: {error.strerror}", hint=hint) from error
     finally:
         if copier is not None:
             copier.close()
@@ -109,7 +109,8 @@ def rehearse(target: Target, source: VideoInfo, width: int, height: int, encodin
 
 def _not_held(format_name: str, encoding: Encoding) -> UsageError:
     suffix = next(suffix for suffix, name in CONTAINERS.items() if name == format_name)
-    return UsageError(f"{suffix} does not hold codec `{encoding.name}`", hint="write to .mkv, or use another --codec")
+    hint = "use another --codec" if suffix == ".mkv" else "write to .mkv, or use another --codec"
+    return UsageError(f"{suffix} does not hold codec `{encoding.name}`", hint=hint)
 
 
 def _add_video(

@@ -19,6 +19,7 @@ from duovsr.video.images import image_files, is_pattern
 
 CONTAINERS: dict[str, str] = {".mp4": "mp4", ".mkv": "matroska", ".mov": "mov", ".webm": "webm"}
 JOB_SUFFIX = ".duovsr"  # of the folder beside a target that holds its unfinished work
+PUBLISHING = "publishing"  # a mark in that folder: some of a sequence's images have their names
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp")
 
 
@@ -64,7 +65,8 @@ def check_target(source: Path, destination: Path, overwrite: bool, codec: str | 
     except OSError as error:  # a name that is too long
         raise UsageError(f"cannot write `{destination}`: {error.strerror}") from error
     if target.kind == "images":
-        taken = next(iter(image_files(destination)), None)
+        begun = (folder / (destination.name + JOB_SUFFIX) / PUBLISHING).exists()
+        taken = None if begun else next(iter(image_files(destination)), None)
     else:
         taken = destination if os.path.lexists(destination) else None
     if taken is not None:

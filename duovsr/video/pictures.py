@@ -15,7 +15,7 @@ from av.video.reformatter import VideoReformatter
 from duovsr.errors import UsageError
 from duovsr.video.color import bit_depth
 from duovsr.video.mux import Piece
-from duovsr.video.output import Target, disk_errors, fsync_folder, publish
+from duovsr.video.output import Target, disk_errors, fsync, fsync_folder, publish
 
 # Encoder and pixel formats for 8 bit, above, and the same with transparency; where one is missing, the one before.
 FORMATS: dict[str, tuple[str, tuple[str, str, str, str]]] = {
@@ -46,6 +46,7 @@ def write_pictures(pieces: Sequence[Piece], partial: Path, target: Target, overw
             if target.kind == "image":
                 publish(partial, path, overwrite)
             else:  # finished names are overwritten: after a crash some are there
+                fsync(partial)
                 os.replace(partial, path)
     fsync_folder(target.path.parent)
 
