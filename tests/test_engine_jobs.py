@@ -182,9 +182,10 @@ def test_images_that_were_cut_off_go_on(
     def fail(*_: object) -> None:
         raise Crash
 
-    with monkeypatch.context() as patch, pytest.raises(Crash):
+    with monkeypatch.context() as patch:
         patch.setattr("duovsr.video.pictures.fsync", lambda path: fail() if (tmp_path / "003.png").exists() else None)
-        small_upscaler.upscale_file(clip, target, options)
+        with pytest.raises(Crash):
+            small_upscaler.upscale_file(clip, target, options)
     assert small_upscaler.upscale_file(clip, target, options).reused == FRAMES
     assert len(os.listdir(tmp_path)) == FRAMES
     with pytest.raises(UsageError, match="the target exists"):
@@ -293,7 +294,7 @@ def fill_the_disk(patch: pytest.MonkeyPatch, where: str) -> None:
     elif where == "journal":
         patch.setattr(jobs, "fsync_folder", failing(jobs.fsync_folder, 5))
     elif where == "state":
-        patch.setattr(jobs.os, "fsync", failing(os.fsync, 6))
+        patch.setattr(jobs.os, "fsync", failing(os.fsync, 8))  # the second piece's state
     else:
         patch.setattr(files, "join_pieces", in_disk_errors(failing(files.join_pieces, 0)))
 
