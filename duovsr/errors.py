@@ -13,10 +13,11 @@ class Remark(str):
 class DuovsrError(Exception):
     """A failure that is the input's or the machine's, not the code's.
 
-    `str(error)` is one line that names the file or value at fault; `hint` says the way out where there is one.
+    `str(error)` is one line that names the file or value at fault; `hint` says the way out where there is one. Raised
+    itself, and not as one of the classes below, it says that the output cannot be written to its end.
     """
 
-    exit_code = 1
+    exit_code = 4
 
     def __init__(self, message: str, *, hint: str | None = None) -> None:
         super().__init__(message)
@@ -36,9 +37,7 @@ class InputError(DuovsrError):
 
 
 class NoSpaceError(DuovsrError):
-    """The target's disk is full, or would be."""
-
-    exit_code = 4
+    """The target's disk is full, or would be: nothing else can be written there either."""
 
 
 class OutOfMemoryError(DuovsrError):
@@ -55,3 +54,5 @@ class Interrupted(DuovsrError):
 
 class TrainError(DuovsrError):
     """Training cannot go on (a non-finite loss, no usable data)."""
+
+    exit_code = 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 
@@ -41,9 +42,22 @@ class Run:
 
 def running(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], upscaler: Upscaler) -> Iterator[Run]:
     """With `upscaler` in place of the shipped model; signals are handled as before when it is over."""
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = [signal.getsignal(number) for number in numbers]
     monkeypatch.setattr(Upscaler, "from_preset", classmethod(lambda *_, **__: upscaler))
-    yield Run(monkeypatch, capsys)
-    for number, handler in zip(numbers, before, strict=True):
-        signal.signal(number, handler)
+    with python_signals():
+        yield Run(monkeypatch, capsys)
+
+
+@contextmanager
+def python_signals() -> Iterator[None]:
+    """Signals as Python sets them up, for this process and those it starts, though a parent (nohup) ignores them."""
+    handlers = {
+        signal.SIGINT: signal.default_int_handler,
+        signal.SIGTERM: signal.SIG_DFL,
+        signal.SIGHUP: signal.SIG_DFL,
+    }
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

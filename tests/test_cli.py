@@ -118,7 +118,11 @@ def test_flags_set_their_options_and_no_others(
         (["--start", "2", "--end", "1"], "ends before it starts"),
         (["--fps", "24/0"], "frame rate: `24/0`"),
         (["--fps", "film"], "frame rate: `film`"),
+        (["--fps", "1e999999999"], "frame rate: `1e999999999`"),
+        (["--fps", "0.0009"], "frame rate: `0.0009`"),
+        (["--fps", "1001"], "frame rate: `1001`"),
         (["--fps", "24"], "in.mp4"),
+        (["--size", "128x96", "--scale", "2"], "--size and --scale"),
         (["--encoder-opt", "preset"], "encoder option: `preset`"),
         (["--encoder-opt", "presto=slow"], "presto"),
         (["--recursive"], "in.mp4"),
@@ -163,7 +167,7 @@ def test_a_refusal_comes_before_the_model_is_loaded(run: Run, tmp_path: Path, mo
     run.fails(3, "no.mp4", "upscale", tmp_path / "no.mp4", tmp_path / "out.mp4")
     run.fails(2, "in.mp4", "upscale", source, source)
     run.fails(2, "divx", "upscale", source, tmp_path / "out.mp4", "--codec", "divx")
-    run.fails(2, "divx", "upscale", source, tmp_path / "%d.png", "--codec", "divx")
+    run.fails(2, "--codec is for videos", "upscale", source, tmp_path / "%d.png", "--codec", "ffv1")
 
 
 def test_images_become_a_video_at_the_rate_that_is_asked_for(run: Run, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ import pytest
 from duovsr.engine.upscaler import Upscaler
 from duovsr.errors import Interrupted
 from tests.clips import Clip, write_clip
-from tests.command_line import Run, running
+from tests.command_line import Run, python_signals, running
 
 STOPS = [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 143)]
 DUOVSR = [sys.executable, "-m", "duovsr"]
@@ -26,6 +26,12 @@ DUOVSR = [sys.executable, "-m", "duovsr"]
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], small_upscaler: Upscaler) -> Iterator[Run]:
     yield from running(monkeypatch, capsys, small_upscaler)
+
+
+@pytest.fixture(autouse=True)
+def signals_as_python_has_them() -> Iterator[None]:
+    with python_signals():
+        yield
 
 
 def start(source: Path, target: Path) -> subprocess.Popen[str]:
@@ -156,3 +162,22 @@ def test_other_commands_stop_at_once(run: Run, monkeypatch: pytest.MonkeyPatch) 
         monkeypatch.setattr("duovsr.engine.doctor.examine", lambda number=number: os.kill(os.getpid(), number))
         assert run("doctor") == code
         assert run.err.startswith("error: ")
+
+
+@pytest.mark.parametrize("silent", ["source", "target"])
+def test_a_pipe_that_stalls_can_be_left(tmp_path: Path, silent: str) -> None:
+    """Nothing comes, or nobody reads: no piece is ever finished, and no thread can be waited for."""
+    source = write_clip(tmp_path / "in.nut", Clip(pts=range(0, 512 * 200, 512), size=(320, 240), codec="ffv1"))
+    places = ["-", str(tmp_path / "out.mkv")] if silent == "source" else [str(source), "-"]
+    command = [*DUOVSR, "upscale", *places, "--scale", "1", "--device", "cpu", "--codec", "ffv1"]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, **pipes) as process:  # type: ignore[call-overload]
+        if silent == "source":
+            process.stdin.write(source.read_bytes()[:200_000])
+            process.stdin.flush()
+        deadline = time.monotonic() + 60
+        while process.poll() is None and time.monotonic() < deadline:
+            time.sleep(2)
+            process.send_signal(signal.SIGINT)
+        assert process.returncode == 130, process.stderr.read()
+    assert sorted(path.name for path in tmp_path.iterdir() if path.suffix != ".duovsr") == ["in.nut"]

@@ -30,6 +30,7 @@ HDR = HDRMetadata(
     ),
     (1000, 400),
 )
+CONTAINER = {"rawvideo": "nut"}  # of those that Matroska does not take here
 SOFTWARE = [name for name, codec in CODECS.items() if not codec.hardware]
 
 
@@ -185,6 +186,33 @@ def test_options_that_the_encoder_does_not_take(codec: str, option: tuple[str, s
     assert av.logging.get_level() is None
 
 
+@pytest.mark.parametrize(
+    ("codec", "option"),
+    [
+        ("h264", ("color_range", "pc")),
+        ("vp9", ("colorspace", "bt709")),
+        ("ffv1", ("color_primaries", "bt2020")),
+        ("av1", ("color_trc", "smpte2084")),
+        ("h264", ("x264-params", "ref=2:colormatrix=bt709")),
+        ("hevc", ("x265-params", "range=full")),
+        ("av1", ("svtav1-params", "color-range=1")),
+    ],
+)
+def test_tags_of_colour_are_no_options(codec: str, option: tuple[str, str]) -> None:
+    with pytest.raises(UsageError, match="would tag colours falsely"):
+        choose(source(), "matroska", codec, option)
+
+
+def test_rawvideo_is_for_pipes() -> None:
+    for format_name in ("mp4", "matroska", "mov", "webm"):
+        with pytest.raises(UsageError, match="codec `rawvideo` is for pipes alone") as caught:
+            choose(source(), format_name, "rawvideo")
+        assert ".mkv" not in str(caught.value.hint)
+    with pytest.raises(UsageError) as caught:
+        choose(source(), "mp4", "h265")
+    assert "ffv1" in str(caught.value.hint) and "rawvideo" not in str(caught.value.hint)
+
+
 def test_a_close_name_is_hinted() -> None:
     with pytest.raises(UsageError) as caught:
         choose(source(), "mp4", "h264", ("presett", "slow"))
@@ -257,9 +285,9 @@ ENCODE_AND_HASH = """
 import hashlib, sys
 from pathlib import Path
 import av
-from tests.test_video_codecs import choose, encode, source
+from tests.test_video_codecs import CONTAINER, choose, encode, source
 for size in ((64, 48), (162, 122)):
-    encoding = choose(source(int(sys.argv[3])), "matroska", sys.argv[2], size=size)
+    encoding = choose(source(int(sys.argv[3])), CONTAINER.get(sys.argv[2], "matroska"), sys.argv[2], size=size)
     path = encode(Path(sys.argv[1]), encoding, frames=40, size=size)
     with av.open(str(path)) as container:
         for packet in container.demux(video=0):
@@ -284,7 +312,7 @@ def test_a_piece_is_encoded_the_same_every_time(tmp_path: Path, codec: str, dept
 @pytest.mark.parametrize("codec", SOFTWARE)
 def test_a_piece_starts_with_a_keyframe_and_refers_to_nothing_before_it(tmp_path: Path, codec: str) -> None:
     """Two pieces in a row, through one decoder: as many pictures as each alone, and the same ones."""
-    encoding = choose(source(), "matroska", codec)
+    encoding = choose(source(), CONTAINER.get(codec, "matroska"), codec)
     path = encode(tmp_path / "piece.mkv", encoding, frames=30)
     with av.open(str(path)) as container:
         alone = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]

@@ -9,6 +9,7 @@ from pathlib import Path
 import av
 import pytest
 
+from duovsr.errors import Remark
 from duovsr.video.remux import Window
 from tests.clips import Clip, packet_hashes, write_clip
 from tests.pieces import copy_clip
@@ -106,8 +107,15 @@ def test_text_becomes_what_the_container_holds(tmp_path: Path, script: str, suff
     source, target = titled(tmp_path, script), tmp_path / f"out{suffix}"
     assert_shown(source, SPOKEN)
     name = {SRT: "subrip", ASS: "ass", VTT: "webvtt"}[script]
-    said = f"subtitle stream #1 ({name}) is converted to {becomes}: {suffix[1:]} does not hold it"
-    assert copy_without_picture(source, target).notices == ([] if name == becomes else [said])
+    held, stream = suffix[1:], f"subtitle stream #1 ({name})"
+    said = [] if name == becomes else [f"{stream} is converted to {becomes}: {held} does not hold it"]
+    if suffix == ".mov":
+        said.append(f"{stream} is no longer marked `forced`: mov does not hold it")
+    if suffix != ".webm":
+        said.append(f"subtitles are on by default: {held} needs it")
+    notices = copy_without_picture(source, target).notices
+    assert notices == said
+    assert all(isinstance(notice, Remark) == ("forced" not in notice) for notice in notices)
     assert_shown(target, SPOKEN)
     with av.open(str(target)) as container:
         stream = container.streams.subtitles[0]
@@ -121,8 +129,10 @@ def test_text_of_mp4(tmp_path: Path, suffix: str) -> None:
     target = tmp_path / f"out{suffix}"
     becomes = {".mkv": "subrip", ".webm": "webvtt"}.get(suffix)
     held = {".mkv": "matroska"}.get(suffix, suffix[1:])
-    said = f"subtitle stream #1 (mov_text) is converted to {becomes}: {held} does not hold it"
-    assert copy_without_picture(tmp_path / "in.mp4", target).notices == ([said] if becomes else [])
+    said = [f"subtitle stream #1 (mov_text) is converted to {becomes}: {held} does not hold it"] if becomes else []
+    if suffix == ".mov":
+        said.append("subtitle stream #1 (mov_text) is no longer marked `forced`: mov does not hold it")
+    assert copy_without_picture(tmp_path / "in.mp4", target).notices == said
     assert_shown(target, SPOKEN)
 
 

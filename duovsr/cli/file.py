@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,7 +14,7 @@ import typer
 
 from duovsr.cli.show import file_record, print_json, say_result, show_plan
 from duovsr.cli.signals import StopRequest, resumable
-from duovsr.errors import EXIT_WARNINGS, UsageError
+from duovsr.errors import EXIT_WARNINGS, DuovsrError, UsageError
 from duovsr.options import UpscaleOptions
 from duovsr.progress import Reporter
 
@@ -38,9 +40,9 @@ def upscale_file(
         assert info is not None, "a dry run is of a file"
         _show_estimate(load(), info, options, as_json)
         return
-    with resumable(lambda: source != _PIPE and job_folder(destination).exists()):
+    with _closed_pipe(), resumable(lambda: source != _PIPE and job_folder(destination).exists()):
         upscaler = load()
-        with Reporter() as reporter, StopRequest() as should_stop:
+        with Reporter() as reporter, StopRequest(piped=_PIPE in (source, destination)) as should_stop:
             report = upscaler.upscale_file(source, destination, options, partial(reporter, source.name), should_stop)
     say_result(destination, report)
     if as_json:
@@ -62,6 +64,18 @@ def _check_pipes(source: Path, destination: Path, dry_run: bool, as_json: bool) 
         raise UsageError("`-` would write the video to the terminal", hint="duovsr upscale ... - | ffplay -")
 
 
+@contextmanager
+def _closed_pipe() -> Iterator[None]:
+    """Says so where nobody reads standard output any more."""
+    try:
+        yield
+    except DuovsrError as error:
+        if not isinstance(error.__cause__, BrokenPipeError):
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python would try to write the rest on leaving
+        raise DuovsrError("standard output was closed before the end of the video") from error
+
+
 def _look(source: Path, target: Target, options: UpscaleOptions) -> VideoInfo:
     """What the source is. Raises InputError for what is not a video, UsageError for what cannot be made of it."""
     from duovsr.video.codecs import encoding_for
@@ -78,4 +92,5 @@ def _show_estimate(upscaler: Upscaler, info: VideoInfo, options: UpscaleOptions,
     from duovsr.engine.bench import seconds_per_frame
 
     plan = upscaler.plan(info.width, info.height, options)
-    show_plan(plan, info.num_frames, seconds_per_frame(upscaler, plan, options), as_json)
+    streams = upscaler.model.preset.transformer.streams
+    show_plan(plan, info.num_frames, seconds_per_frame(upscaler, plan, options), streams, as_json)

@@ -23,9 +23,13 @@ def bench(
     random_weights: Annotated[
         bool, typer.Option("--random-weights", help="One call of the preset's networks, against their counted work.")
     ] = False,
-    size: Annotated[str | None, typer.Option(metavar="WxH", help="Of its output. Default: 1920x1080.")] = None,
-    frames: Annotated[int | None, typer.Option(help="Of it, 4k + 1. Default: 21.")] = None,
-    window: Annotated[int | None, typer.Option(help="Of its attention, in pixels. Default: the preset's.")] = None,
+    size: Annotated[
+        str | None, typer.Option(metavar="WxH", help="Output size with --random-weights. Default: 1920x1080.")
+    ] = None,
+    frames: Annotated[int | None, typer.Option(help="Frames with --random-weights, 4k + 1. Default: 21.")] = None,
+    window: Annotated[
+        int | None, typer.Option(metavar="PIXELS", help="Side of attention's windows with --random-weights.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Measure load time, the share of every stage, speed and peak memory."""

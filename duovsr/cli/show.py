@@ -52,8 +52,8 @@ def show(record: dict[str, Any], as_json: bool) -> None:
     stdout.print(table)
 
 
-def show_plan(plan: Plan, frames: int | None, seconds: float, as_json: bool) -> None:
-    """`seconds`: measured for a frame."""
+def show_plan(plan: Plan, frames: int | None, seconds: float, streams: bool, as_json: bool) -> None:
+    """`seconds`: measured for a frame; `streams`: the model takes state from chunk to chunk."""
     estimate = None if frames is None else frames * seconds
     if as_json:
         measured = {"frames": frames, "seconds_per_frame": seconds, "estimated_seconds": estimate}
@@ -68,6 +68,7 @@ def show_plan(plan: Plan, frames: int | None, seconds: float, as_json: bool) -> 
         "frames": "unknown" if frames is None else f"about {frames}",
         "chunks": f"{plan.chunk} frames, {state}",
         "tiles": tiles,
+        **({} if streams else {"autoencoder": plan.pieces}),
         "device": f"{plan.device}, {plan.dtype}",
         "memory": f"about {plan.memory_bytes / 2**30:.1f} GiB",
         "estimate": f"{seconds:.2f} s a frame" + ("" if estimate is None else f", {estimate:.0f} s in all"),

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
 from duovsr.errors import Interrupted
 from duovsr.progress import stderr
@@ -53,11 +54,12 @@ def resumable(unfinished: Callable[[], bool]) -> Iterator[None]:
 class StopRequest:
     """In its context the first signal is a request, and calling it tells whether there was one.
 
-    The second signal does what signals do outside. An `Interrupted` that leaves the context has the exit code of the
-    signal.
+    The second signal does what signals do outside; with `piped` it ends the process, whose threads may wait for a
+    pipe for ever. An `Interrupted` that leaves the context has the exit code of the signal.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, piped: bool = False) -> None:
+        self._piped = piped
         self._exit_code: int | None = None
         self._before: dict[int, Any] = {}
 
@@ -81,9 +83,18 @@ class StopRequest:
 
     def _ask(self, number: int, _: object) -> None:
         self._exit_code = EXIT_INTERRUPTED if number == signal.SIGINT else EXIT_TERMINATED
-        self._restore()
+        if self._piped:
+            for other in self._before:
+                signal.signal(other, self._leave)
+        else:
+            self._restore()
         with suppress(OSError):  # the terminal may be what has gone
             stderr.print("finishing the piece at work; once more to stop now")
+
+    def _leave(self, number: int, _: object) -> NoReturn:
+        with suppress(OSError):
+            stderr.print("error: interrupted; no output was written to its end")
+        os._exit(EXIT_INTERRUPTED if number == signal.SIGINT else EXIT_TERMINATED)
 
     def _restore(self) -> None:
         for number, before in self._before.items():

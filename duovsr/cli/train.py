@@ -24,7 +24,7 @@ def train(
     out: Annotated[
         Path, typer.Option(help="The folder (encode-prompt: file) to write; an unfinished run in it is resumed.")
     ],
-    name: Annotated[str | None, typer.Argument(help="Of a recipe: tiny or paper.")] = None,
+    name: Annotated[str | None, typer.Argument(help="For `recipe`: tiny or paper.")] = None,
     preset: Annotated[str | None, typer.Option("--preset", "--model", help="Default: tiny, or the recipe's.")] = None,
     data: Annotated[
         list[Path] | None, typer.Option(help="Sources (pool, tune), a pool, latents or pairs; may be repeated.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
     from duovsr.engine.upscaler import Upscaler
 
 
+_CRF = "Quality, lower is better: 0 to 51 for h264 (default 18), hevc (20); 0 to 63 for vp9 (22), av1 (24)."
+
+
 def upscale(
     source: Annotated[
         Path,
@@ -31,12 +35,12 @@ def upscale(
         Path,
         typer.Argument(metavar="DST", help="A .mp4, .mkv, .mov or .webm, image(s), a folder of videos, or -."),
     ],
-    scale: Annotated[float, typer.Option(help="Factor of both sides, 1 to 4.")] = 4.0,
+    scale: Annotated[float | None, typer.Option(help="Factor of both sides, 1 to 4. Default: 4.")] = None,
     size: Annotated[str | None, typer.Option(metavar="WxH", help="Target size instead of a scale.")] = None,
     model: Model = "tiny",
     device: Device = "auto",
     dtype: Dtype = "auto",
-    seed: Annotated[int, typer.Option(help="Of the noise that detail is drawn from.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the noise that detail is drawn from.")] = 0,
     strength: Annotated[
         float | None, typer.Option(help="0: faithful, 1: full detail. Default: the model's own.")
     ] = None,
@@ -46,6 +50,12 @@ def upscale(
         typer.Option(help="Make chunks independent, each warmed up by so many frames. Default: state is carried over."),
     ] = None,
     tile: Annotated[str, typer.Option(help="Side of a tile in output pixels, `auto` or `off`.")] = "auto",
+    window: Annotated[
+        int | None,
+        typer.Option(
+            metavar="PIXELS", help="Look no further than windows of this side. For models of full attention (1.3b)."
+        ),
+    ] = None,
     color: Annotated[str, typer.Option(help="Colour transfer from the source: wavelet, adain or none.")] = "wavelet",
     start: Annotated[str | None, typer.Option(help="Where to begin: 90.5, 0:01:30.5, or a frame: 2250f.")] = None,
     end: Annotated[str | None, typer.Option(help="The first time or frame that is not wanted.")] = None,
@@ -59,17 +69,17 @@ def upscale(
     codec: Annotated[
         str | None, typer.Option(help="h264, hevc, av1, vp9, prores, ffv1 (lossless), or one with _nvenc.")
     ] = None,
-    crf: Annotated[int | None, typer.Option(help="Quality of the codec; lower is better.")] = None,
+    crf: Annotated[int | None, typer.Option(help=_CRF)] = None,
     pix_fmt: Annotated[str | None, typer.Option(help="Pixel format, such as yuv444p10le.")] = None,
     encoder_opt: Annotated[
         list[str] | None, typer.Option(metavar="KEY=VALUE", help="The encoder's own, as preset=slow; may be repeated.")
     ] = None,
-    recursive: Annotated[bool, typer.Option("--recursive", help="Of a folder: with its subfolders.")] = False,
+    recursive: Annotated[bool, typer.Option("--recursive", help="SRC is a folder: take those below it, too.")] = False,
     pattern: Annotated[
-        str | None, typer.Option(metavar="GLOB", help="Of a folder: only such names, as '*.mp4' or '*.png'.")
+        str | None, typer.Option(metavar="GLOB", help="SRC is a folder: take only such names, as '*.mp4' or '*.png'.")
     ] = None,
     suffix: Annotated[
-        str, typer.Option(metavar="TEXT", help="Of a folder: what outputs' names end with, as _x4 or _x4.mkv.")
+        str, typer.Option(metavar="TEXT", help="SRC is a folder: end the outputs' names so, as _x4 or _x4.mkv.")
     ] = "",
     restart: Annotated[bool, typer.Option("--restart", help="Discard an unfinished job and begin anew.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing target.")] = False,
@@ -77,8 +87,10 @@ def upscale(
     as_json: Json = False,
 ) -> None:
     """Upscale a video, with its sound and its timing. What was interrupted goes on with the same command."""
+    if size is not None and scale is not None:
+        raise UsageError("--size and --scale are two ways to say the same", hint="leave one of them out")
     options = UpscaleOptions(
-        scale=scale,
+        scale=UpscaleOptions.scale if scale is None else scale,
         size=None if size is None else parse_size(size),
         seed=seed,
         strength=strength,
@@ -100,7 +112,7 @@ def upscale(
         restart=restart,
         overwrite=overwrite,
     )
-    load = partial(_load, model, device, dtype)
+    load = partial(_load, model, device, dtype, window)
     from duovsr.engine.batch import Selection, is_batch
 
     selection = Selection(recursive, pattern, suffix)
@@ -114,10 +126,10 @@ def upscale(
         upscale_file(source, destination, options, load, dry_run, as_json)
 
 
-def _load(model: str, device: str, dtype: str) -> Upscaler:
+def _load(model: str, device: str, dtype: str, window: int | None) -> Upscaler:
     from duovsr.engine.upscaler import Upscaler
 
-    return Upscaler.from_preset(model, device=device, dtype=dtype)
+    return Upscaler.from_preset(model, device=device, dtype=dtype, window=window)
 
 
 def _parse_tile(text: str) -> int | None:
@@ -131,10 +143,14 @@ def _parse_tile(text: str) -> int | None:
 def _parse_frame_rate(text: str | None) -> Fraction | None:
     if text is None:
         return None
+    hint = "use a number from 1/1000 to 1000, such as 24 or 24000/1001"
     try:
-        return Fraction(text)
+        rate = Fraction(text) if re.fullmatch(r"[0-9./]{1,40}", text) else Fraction(0)  # 1e999999999 would take hours
     except (ValueError, ZeroDivisionError) as error:
-        raise UsageError(f"unsupported frame rate: `{text}`", hint="use a number such as 24 or 24000/1001") from error
+        raise UsageError(f"unsupported frame rate: `{text}`", hint=hint) from error
+    if not Fraction(1, 1000) <= rate <= 1000:
+        raise UsageError(f"unsupported frame rate: `{text}`", hint=hint)
+    return rate.limit_denominator(1001000)  # FFmpeg counts with 32 bits
 
 
 def _parse_encoder_option(text: str) -> tuple[str, str]:

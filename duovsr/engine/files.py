@@ -238,7 +238,7 @@ def _put_together(work: _Work, reader: VideoReader, job: Job, target: Target) ->
             target.format_name,
             info,
             work.encoding,
-            Window(start, end, shift),
+            Window(start, end, shift, reader.moves),
             copy_streams=info.path != PIPE and kind_of(info.path) == "video",
             audio=options.audio,
             subtitles=options.subtitles,

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import av
 
 from duovsr.errors import Remark, UsageError
 from duovsr.options import UpscaleOptions
-from duovsr.video.color import bit_depth
+from duovsr.video.color import bit_depth, chroma_samples
 from duovsr.video.encoder_options import Options, check_encoder, check_names, merge
 from duovsr.video.hdr import svtav1_parameters, x265_parameters
 from duovsr.video.info import HDRMetadata, VideoInfo
-from duovsr.video.output import Target
+from duovsr.video.output import CONTAINERS, Target
+from duovsr.video.pictures import FORMATS
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,10 @@ def choose_encoding(
     """
     name = codec or _default_codec(source, format_name, width)
     if name not in CODECS:
-        raise UsageError(f"unknown codec: `{name}`", hint=f"use one of {', '.join(CODECS)}")
+        names = [known for known in CODECS if known != "rawvideo"]
+        raise UsageError(f"unknown codec: `{name}`", hint=f"use one of {', '.join(names)}")
+    if name == "rawvideo" and format_name in CONTAINERS.values():
+        raise UsageError("codec `rawvideo` is for pipes alone", hint="use --codec ffv1, which is lossless too")
     entry = CODECS[name]
     if entry.encoder not in av.codecs_available:
         raise UsageError(f"this build of FFmpeg has no encoder `{entry.encoder}`", hint="use another --codec")
@@ -152,17 +156,61 @@ def choose_encoding(
 
 def encoding_for(target: Target, info: VideoInfo, size: tuple[int, int], options: UpscaleOptions) -> Encoding:
     """How the frames are encoded for `target`. Raises UsageError for what its container or codec cannot do."""
-    lossless = target.kind in ("image", "images")  # images are written from lossless pieces
-    codec = options.codec or ("ffv1" if lossless else "rawvideo" if target.kind == "pipe" else None)
-    return choose_encoding(
+    if target.kind in ("image", "images"):
+        return _encoding_of_pictures(target, info, size, options)
+    encoding = choose_encoding(
         info,
         *size,
         target.format_name,
-        codec=codec,
+        codec=options.codec or ("rawvideo" if target.kind == "pipe" else None),
         crf=options.crf,
         pix_fmt=options.pix_fmt,
         encoder_options=options.encoder_options,
     )
+    if options.pix_fmt is not None:
+        return encoding
+    return replace(encoding, notices=(*encoding.notices, *_coarser_chroma(info, encoding)))
+
+
+def _encoding_of_pictures(target: Target, info: VideoInfo, size: tuple[int, int], options: UpscaleOptions) -> Encoding:
+    """Lossless pieces, with as much in them as the pictures' own format will hold."""
+    flags = {
+        "--codec": options.codec is not None,
+        "--crf": options.crf is not None,
+        "--pix-fmt": options.pix_fmt is not None,
+        "--encoder-opt": bool(options.encoder_options),
+    }
+    for flag, given in flags.items():
+        if given:
+            raise UsageError(f"{flag} is for videos, not for images: `{target.path}`", hint=f"leave out {flag}")
+    suffix = target.path.suffix.lower()
+    entry = FORMATS[suffix]
+    held = replace(
+        info, bit_depth=min(info.bit_depth, entry.bit_depth), has_alpha=info.has_alpha and bool(entry.translucent)
+    )
+    encoding = choose_encoding(held, *size, target.format_name, codec="ffv1", crf=None, pix_fmt=None)
+    lost = []
+    if held.has_alpha != info.has_alpha:
+        lost.append(f"transparency is flattened on black: {suffix} does not hold it")
+    if held.bit_depth != info.bit_depth:
+        lost.append(f"the source has {info.bit_depth} bits a channel, the output {held.bit_depth} ({suffix})")
+    return replace(encoding, notices=(*lost, *encoding.notices))
+
+
+def _coarser_chroma(source: VideoInfo, encoding: Encoding) -> list[str]:
+    """What to say where the output has fewer samples of colour a pixel than the source, without being asked to."""
+    chosen = av.VideoFormat(encoding.pix_fmt)
+    if chroma_samples(chosen) >= source.chroma_samples:
+        return []
+    finer = [
+        fmt
+        for fmt in av.Codec(encoding.encoder, "w").video_formats or ()
+        if fmt.name.startswith(("yuv4", "yuva4"))
+        and (bit_depth(fmt), _has_alpha(fmt.name)) == (bit_depth(chosen), encoding.alpha)
+        and chroma_samples(fmt) >= source.chroma_samples
+    ]
+    way_out = f"--pix-fmt {min(finer, key=chroma_samples).name}" if finer else "--codec ffv1"
+    return [Remark(f"the source's colours are sampled finer than {encoding.pix_fmt} holds: {way_out} keeps them")]
 
 
 def _default_codec(source: VideoInfo, format_name: str, width: int) -> str:

@@ -7,6 +7,7 @@ conversion here never runs on a guess that a player would not make too.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from fractions import Fraction
 
 import av
 import numpy as np
@@ -96,6 +97,13 @@ def picture_tags(picture: av.VideoFrame) -> ColorTags:
     matrix = UNSPECIFIED if tags.matrix in (RGB, 3) else tags.matrix
     by_format = FULL if picture.format.name.startswith(("yuvj", "gray", "ya", "mono")) else 0
     return ColorTags(tags.primaries, tags.transfer, matrix, tags.range or by_format)
+
+
+def chroma_samples(pix_fmt: av.VideoFormat) -> Fraction:
+    """Samples of colour a pixel: 1 in 4:4:4 and RGB, 1/4 in 4:2:0, 0 in gray."""
+    if _is_gray(pix_fmt):
+        return Fraction(0)
+    return Fraction(pix_fmt.chroma_width(16) * pix_fmt.chroma_height(16), 16 * 16)
 
 
 class FrameToRgb:

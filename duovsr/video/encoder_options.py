@@ -18,6 +18,11 @@ from duovsr.errors import UsageError
 Options = tuple[tuple[str, str], ...]
 
 _LISTS = {"x264-params", "x265-params", "svtav1-params"}  # options that are lists of options, as in `a=1:b=2`
+# Tags of colour, by the names that encoders and their lists give them: the output's are the source's, and to name
+# others converts nothing.
+_TAGS = {"color_range", "colorspace", "color_primaries", "color_trc"}
+_TAGS |= {"colormatrix", "colorprim", "transfer", "range", "fullrange"}
+_TAGS |= {"color-range", "matrix-coefficients", "color-primaries", "transfer-characteristics"}
 _FOR_VIDEO = OptionFlags.ENCODING_PARAM | OptionFlags.VIDEO_PARAM
 # What encoders log of a part of such a list that they do not take: they go on without it.
 _REFUSED = re.compile(r"(Error parsing option|Unknown option|Invalid value)")
@@ -32,11 +37,14 @@ def merge(options: Mapping[str, str], given: Options) -> dict[str, str]:
 
 
 def check_names(encoder: str, given: Options) -> None:
-    """Raises `UsageError` for an option that the encoder does not have."""
+    """Raises `UsageError` for an option that the encoder does not have, and for colour tags."""
     supported = CodecContext.create(encoder, "w").supported_options
     names = [option.name for option in supported.private]
     names += [option.name for option in supported.generic if option.flags & _FOR_VIDEO == _FOR_VIDEO]
-    for name, _ in given:
+    for name, value in given:
+        parts = [part.partition("=")[0] for part in value.split(":")] if name in _LISTS else []
+        if tag := next((key for key in (name, *parts) if key in _TAGS), None):
+            raise UsageError(f"encoder option `{tag}` would tag colours falsely", hint="leave it out: tags are kept")
         if name not in names:
             close = difflib.get_close_matches(name, names, 1)
             hint = f"did you mean `{close[0]}`?" if close else f"`ffmpeg -h encoder={encoder}` lists them"

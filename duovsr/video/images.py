@@ -15,7 +15,7 @@ VIDEO_SUFFIXES = frozenset(
     + (".ogv", ".ts", ".vob", ".webm", ".wmv", ".y4m")
 )
 
-_NUMBER = re.compile(r"%(?:0(\d+))?d")
+_NUMBER = re.compile(r"%(?:0(\d{1,3}))?d", re.ASCII)
 
 
 def kind_of(path: Path) -> Literal["video", "images"]:
@@ -31,6 +31,11 @@ def is_sequence(path: Path) -> bool:
 def is_pattern(path: Path) -> bool:
     """Whether the name is an image's with `%d` or `%05d` for a number, and not that of a file that exists."""
     return path.suffix.lower() in IMAGE_SUFFIXES and len(_NUMBER.findall(path.name)) == 1 and not path.exists()
+
+
+def numbered_name(pattern: Path, number: int) -> Path:
+    """The file of a pattern's sequence that has the number. Other percent signs stay what they are."""
+    return pattern.with_name(_NUMBER.sub(lambda place: f"{number:0{place[1] or 1}d}", pattern.name))
 
 
 def image_files(path: Path) -> list[Path]:

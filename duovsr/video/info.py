@@ -11,7 +11,7 @@ from pathlib import Path
 import av
 
 from duovsr.errors import InputError
-from duovsr.video.color import ColorTags, bit_depth, picture_tags
+from duovsr.video.color import ColorTags, bit_depth, chroma_samples, picture_tags
 from duovsr.video.sidedata import HDRMetadata, MasteringDisplay, SideData
 from duovsr.video.source import PIPE, Source, codec_name, main_video, open_input, open_source
 
@@ -49,6 +49,7 @@ class VideoInfo:
     color: ColorTags  # as tagged; RGB formats are matrix 0 and full range
     codec: str
     audio_codec: str | None
+    chroma_samples: Fraction = Fraction(1, 4)  # of colour, a pixel
     has_alpha: bool = False  # frames have `alpha`
     interlaced: bool = False  # of the first picture: others may differ, and are read as they are marked
     hdr: HDRMetadata | None = None
@@ -90,6 +91,7 @@ def describe(source: Source, picture: av.VideoFrame) -> VideoInfo:
         color=picture_tags(picture),
         codec=source.codec,
         audio_codec=source.audio_codec,
+        chroma_samples=chroma_samples(picture.format),
         has_alpha=has_alpha(picture, source.codec),
         interlaced=picture.interlaced_frame and has_fields(source.codec),
         hdr=side_data.hdr,

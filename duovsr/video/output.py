@@ -15,11 +15,12 @@ from typing import Literal
 import av
 
 from duovsr.errors import DuovsrError, NoSpaceError, UsageError
-from duovsr.video.images import image_files, is_pattern
+from duovsr.video.images import image_files, is_pattern, is_sequence, numbered_name
 
 CONTAINERS: dict[str, str] = {".mp4": "mp4", ".mkv": "matroska", ".mov": "mov", ".webm": "webm"}
 JOB_SUFFIX = ".duovsr"  # of the folder beside a target that holds its unfinished work
 PUBLISHING = "publishing"  # a mark in that folder: some of a sequence's images have their names
+_PIPE = Path("-")
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp")
 
 
@@ -38,52 +39,83 @@ class Target:
 def target_of(destination: Path, codec: str | None = None) -> Target:
     """What the name asks for. `-` is y4m, or NUT where a codec is asked for. Raises `UsageError`."""
     suffix = destination.suffix.lower()
-    if destination == Path("-"):
+    if destination == _PIPE:
         return Target(destination, "pipe", "yuv4mpegpipe" if codec is None else "nut")
     if suffix in CONTAINERS:
         return Target(destination, "video", CONTAINERS[suffix])
     if suffix in PICTURES:
         return Target(destination, "images" if is_pattern(destination) else "image", "matroska")
-    hint = f"use one of {', '.join(CONTAINERS)}, an image such as out.png, a pattern such as out/%05d.png, or -"
+    pattern = "out/%05d.png" if suffix else destination / "%05d.png"  # a folder may be meant
+    hint = f"use one of {', '.join(CONTAINERS)}, an image such as out.png, a pattern such as {pattern}, or -"
     raise UsageError(f"unsupported output type: `{destination}`", hint=hint)
 
 
 def check_target(source: Path, destination: Path, overwrite: bool, codec: str | None = None) -> Target:
     """Raises `UsageError` if the output could not, or must not, be put at `destination`. Touches nothing."""
+    if destination == _PIPE:
+        return target_of(destination, codec)
+    if os.path.isdir(destination):
+        pictures = f"name the images in it, such as {destination / '%05d.png'}"
+        hint = pictures if is_sequence(source) else "name a file in it"
+        raise UsageError(f"the target is a folder: `{destination}`", hint=hint)
+    _check_place(destination)
     target = target_of(destination, codec)
-    if target.kind == "pipe":
-        return target
-    folder = destination.parent
-    if not folder.is_dir():
-        raise UsageError(f"no such folder: `{folder}`", hint="create it first")
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise UsageError(f"no permission to write in `{folder}`")
-    try:
-        destination.lstat()
-    except FileNotFoundError:
-        pass
-    except OSError as error:  # a name that is too long
-        raise UsageError(f"cannot write `{destination}`: {error.strerror}") from error
-    if target.kind == "images":
-        begun = (folder / (destination.name + JOB_SUFFIX) / PUBLISHING).exists()
-        taken = None if begun else next(iter(image_files(destination)), None)
+    if target.kind != "images":
+        taken = [destination] if os.path.lexists(destination) else []
     else:
-        taken = destination if os.path.lexists(destination) else None
-    if taken is not None:
-        _check_taken(source, taken, overwrite)
+        _check_length(destination, numbered_name(destination, 1).name)
+        taken = image_files(destination)
+        overwrite |= (_job_folder(destination) / PUBLISHING).exists()
+    if target.kind != "video" and source.is_dir() and destination.parent.samefile(source):
+        message = f"the target is in the folder of the source: `{destination}`"
+        raise UsageError(message, hint="write to another folder, or give the source as a pattern")
+    _check_taken(source, taken, overwrite)
     return target
 
 
-def _check_taken(source: Path, path: Path, overwrite: bool) -> None:
-    if path.is_dir():
-        raise UsageError(f"the target is a folder: `{path}`", hint="name a file in it")
-    if path.exists():
-        if source.exists() and path.samefile(source):
-            raise UsageError(f"the target is the source: `{path}`", hint="give the output another name")
-        if not path.is_file():
-            raise UsageError(f"not a regular file: `{path}`")
-    if not overwrite:
-        raise UsageError(f"the target exists: `{path}`", hint="use --overwrite to replace it")
+def _check_place(destination: Path) -> None:
+    folder, job = destination.parent, _job_folder(destination)
+    if not os.path.isdir(folder):
+        raise UsageError(f"no such folder: `{folder}`", hint="create it first")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UsageError(f"no permission to write in `{folder}`")
+    _check_length(destination, job.name)
+    if os.path.lexists(job) and not job.is_dir():
+        raise UsageError(f"unfinished work would need a folder named `{job}`", hint="move the file of that name away")
+
+
+def _check_length(destination: Path, name: str) -> None:
+    """`name` is one that the work on `destination` needs beside it."""
+    if not hasattr(os, "pathconf"):  # Windows
+        return
+    most = os.pathconf(destination.parent, "PC_NAME_MAX")
+    if (length := len(os.fsencode(name))) > most:
+        message = f"the name is too long by {length - most} bytes: `{destination}`"
+        raise UsageError(message, hint=f"the longest name beside it is `{name}`; {most} bytes is the most")
+
+
+def _check_taken(source: Path, taken: Sequence[Path], overwrite: bool) -> None:
+    sources = {_file_id(path) for path in image_files(source) or [source] if path.exists()}
+    for path in taken:
+        if path.is_dir():
+            raise UsageError(f"the target is a folder: `{path}`", hint="name a file in it")
+        if path.exists():
+            if _file_id(path) in sources:
+                raise UsageError(f"the target is the source: `{path}`", hint="give the output another name")
+            if not path.is_file():
+                raise UsageError(f"not a regular file: `{path}`")
+        if not overwrite:
+            raise UsageError(f"the target exists: `{path}`", hint="use --overwrite to replace it")
+
+
+def _file_id(path: Path) -> tuple[int, int]:
+    """Equal for all names and links of a file."""
+    status = path.stat()
+    return status.st_dev, status.st_ino
+
+
+def _job_folder(destination: Path) -> Path:
+    return destination.with_name(destination.name + JOB_SUFFIX)
 
 
 def check_space(destination: Path, estimated_bytes: int) -> None:

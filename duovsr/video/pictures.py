@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import av
 from av.video.frame import VideoFrame
@@ -14,18 +15,37 @@ from av.video.reformatter import VideoReformatter
 
 from duovsr.errors import UsageError
 from duovsr.video.color import bit_depth
-from duovsr.video.mux import Piece
+from duovsr.video.images import numbered_name
 from duovsr.video.output import Target, disk_errors, fsync, fsync_folder, publish
 
-# Encoder and pixel formats for 8 bit, above, and the same with transparency; where one is missing, the one before.
-FORMATS: dict[str, tuple[str, tuple[str, str, str, str]]] = {
-    ".png": ("png", ("rgb24", "rgb48be", "rgba", "rgba64be")),
-    ".tif": ("tiff", ("rgb24", "rgb48le", "rgba", "rgba64le")),
-    ".tiff": ("tiff", ("rgb24", "rgb48le", "rgba", "rgba64le")),
-    ".webp": ("libwebp", ("bgra", "bgra", "bgra", "bgra")),
-    ".bmp": ("bmp", ("bgr24", "bgr24", "bgra", "bgra")),
-    ".jpg": ("mjpeg", ("yuvj444p", "yuvj444p", "yuvj444p", "yuvj444p")),
-    ".jpeg": ("mjpeg", ("yuvj444p", "yuvj444p", "yuvj444p", "yuvj444p")),
+if TYPE_CHECKING:  # it imports `codecs`, which asks here what a format can hold
+    from duovsr.video.mux import Piece
+
+
+@dataclass(frozen=True)
+class PictureFormat:
+    """An encoder with its pixel formats: for 8 bit and, where it holds more, for 16."""
+
+    encoder: str
+    opaque: tuple[str, ...]
+    translucent: tuple[str, ...] = ()
+
+    @property
+    def bit_depth(self) -> int:
+        return 8 * len(self.opaque)
+
+
+_TIFF = PictureFormat("tiff", ("rgb24", "rgb48le"), ("rgba", "rgba64le"))
+_JPEG = PictureFormat("mjpeg", ("yuvj444p",))
+
+FORMATS: dict[str, PictureFormat] = {
+    ".png": PictureFormat("png", ("rgb24", "rgb48be"), ("rgba", "rgba64be")),
+    ".tif": _TIFF,
+    ".tiff": _TIFF,
+    ".webp": PictureFormat("libwebp", ("bgra",), ("bgra",)),
+    ".bmp": PictureFormat("bmp", ("bgr24",)),  # its fourth byte is one that readers ignore
+    ".jpg": _JPEG,
+    ".jpeg": _JPEG,
 }
 _OPTIONS = {"libwebp": {"lossless": "0", "quality": "95"}, "mjpeg": {"q": "2", "qmin": "1"}}
 
@@ -40,7 +60,7 @@ def write_pictures(pieces: Sequence[Piece], partial: Path, target: Target, overw
         hint = "write a pattern such as frames/%05d.png, or a video"
         raise UsageError(f"{count} frames do not fit one image: `{target.path}`", hint=hint)
     for number, frame in enumerate(_frames(pieces), start=1):
-        path = target.path if target.kind == "image" else target.path.with_name(target.path.name % number)
+        path = target.path if target.kind == "image" else numbered_name(target.path, number)
         with disk_errors(path):
             partial.write_bytes(_coded(frame, path.suffix.lower()))
             if target.kind == "image":
@@ -58,12 +78,12 @@ def _frames(pieces: Sequence[Piece]) -> Iterator[VideoFrame]:
 
 
 def _coded(frame: VideoFrame, suffix: str) -> bytes:
-    encoder, formats = FORMATS[suffix]
-    deep = bit_depth(frame.format) > 8
+    entry = FORMATS[suffix]
     has_alpha = any(component.is_alpha for component in frame.format.components)
-    picture = VideoReformatter().reformat(frame, format=formats[deep + 2 * has_alpha])
-    context = cast(av.VideoCodecContext, av.CodecContext.create(encoder, "w"))
+    formats = entry.translucent if has_alpha else entry.opaque  # pieces hold no more than the format does
+    picture = VideoReformatter().reformat(frame, format=formats[bit_depth(frame.format) > 8])
+    context = cast(av.VideoCodecContext, av.CodecContext.create(entry.encoder, "w"))
     context.width, context.height = frame.width, frame.height
     context.pix_fmt, context.time_base = picture.format.name, Fraction(1, 25)
-    context.options = _OPTIONS.get(encoder, {})
+    context.options = _OPTIONS.get(entry.encoder, {})
     return b"".join(bytes(packet) for packet in [*context.encode(picture), *context.encode(None)])

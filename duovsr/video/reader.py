@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
@@ -19,7 +20,7 @@ from duovsr.video.deinterlace import deinterlaced
 from duovsr.video.info import describe, first_picture, has_alpha, has_fields
 from duovsr.video.sidedata import SideData
 from duovsr.video.source import IMAGES_RATE, open_source
-from duovsr.video.timeline import Timeline
+from duovsr.video.timeline import LOOK_AHEAD, Timeline
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,12 +39,13 @@ class VideoReader:
 
     The source (`-`: standard input) is opened once. A piece begins at the first frame at or after `start` and ends
     before the first at or after `end`; it is found by decoding from the beginning. `frame_rate` is for a sequence of
-    images alone. One decoded picture is held at a time; of interlaced video, three. All frames have the first one's
+    images alone. Three decoded pictures are held at a time; of interlaced video, five. All frames have the first one's
     size and depth.
 
     When the iteration has ended, `notices` has what people should know of the source, and `window` the times in
     seconds of the piece's first frame and of the first frame after it, each None where it was not asked for or not
-    reached. Raises `InputError` for what is not a video, an unknown colour matrix and images of several sizes, and
+    reached. `moves` are then the seconds by which frames were moved on, one for each place where the source's time
+    starts again. Raises `InputError` for what is not a video, an unknown colour matrix and images of several sizes, and
     `UsageError` for a piece without frames and a frame rate for a source that has its own times.
     """
 
@@ -104,10 +106,19 @@ class VideoReader:
             raise self._no_frame()
         self.notices += [*self._source.notices, *self._findings()]
 
+    @property
+    def moves(self) -> tuple[Fraction, ...]:
+        return tuple(move * self.info.time_base for move in self._timeline.moves)
+
     def _placed(self) -> Iterator[av.VideoFrame]:
         """All pictures that decode, each with its place in time."""
-        for picture in self._pictures:
-            picture.pts = self._timeline.place(picture.pts)
+        held: deque[av.VideoFrame | None] = deque()
+        ahead = 0 if self._source.stills else LOOK_AHEAD  # no file tells the times of images
+        for read in chain(self._pictures, [None] * ahead):
+            held.append(read)
+            if len(held) <= ahead or (picture := held.popleft()) is None:
+                continue
+            picture.pts = self._timeline.place(picture.pts, [after.pts for after in held if after is not None])
             self.frames_read += 1
             self._damaged += picture.is_corrupt
             self._interlaced += picture.interlaced_frame

@@ -22,14 +22,11 @@ from duovsr.errors import Remark
 from duovsr.video.info import codec_name, main_video, open_input
 from duovsr.video.sound import SoundConverter, encoders_for
 from duovsr.video.subtitles import KINDS, SubtitleConverter
-from duovsr.video.window import WHOLE, Window
+from duovsr.video.tags import file_tags, marks_not_held, stream_tags, tags_not_held
+from duovsr.video.window import WHOLE, JoinedTime, Window
 
 __all__ = ["StreamCopier", "Window"]
 
-# Keys that describe the source file itself and would be false, or noise, in the output.
-_FILE_KEYS = {"encoder", "major_brand", "minor_version", "compatible_brands"}
-_STREAM_KEYS = {"encoder", "rotate", "duration", "bps", "number_of_frames", "number_of_bytes"}
-_STREAM_KEYS |= {"_statistics_tags", "_statistics_writing_app", "_statistics_writing_date_utc"}
 # QuickTime numbers its languages, and FFmpeg's mov muxer knows one ISO 639-2 spelling of each.
 _MOV_LANGUAGES = dict(
     pair.split("/")
@@ -84,6 +81,7 @@ class StreamCopier:
         self._window = window
         self._left_out = {kind for kind, wanted in (("audio", audio), ("subtitle", subtitles)) if not wanted}
         self._input = open_input(source)
+        self._joined = JoinedTime(window.moves)
         self._routes: dict[int, _Route] = {}
         self._covers: list[av.Packet[Any]] = []
         self._refused = 0
@@ -94,8 +92,10 @@ class StreamCopier:
         for stream in self._input.streams:
             if stream.index != main.index and stream.type not in self._left_out:
                 self._add(source, stream)
-            if stream.index not in self._routes:
+            times_parts = stream.index == main.index and window.moves
+            if stream.index not in self._routes and not times_parts:
                 stream.discard = Discard.all  # the demuxer skips it: the video is not read from the disk twice
+        self._check_subtitles_on()
         self._packets = self._flow()
         self._pending = next(self._packets, None)
 
@@ -108,9 +108,12 @@ class StreamCopier:
         """Writes what is left, and completes `notices`."""
         while self._pending is not None:
             self._copy_pending()
-        damaged = self._refused + sum(route.damaged for route in self._routes.values())
+        damaged = sum(route.damaged for route in self._routes.values())
         if damaged:
             self.notices.append(f"{damaged} damaged packets of sound or subtitles were not copied")
+        if self._refused:
+            reason = "their times go back, as around damage or where parts overlap"
+            self.notices.append(f"{self._refused} packets of sound or subtitles were not copied: {reason}")
 
     def close(self) -> None:
         self._input.close()
@@ -124,9 +127,10 @@ class StreamCopier:
             elif not self._add_cover(source, stream):
                 self.notices.append(f"cover art #{stream.index} is not kept: {container} does not hold it")
         elif isinstance(stream, DataStream):
-            # Chapter and timecode tracks of mp4/mov: the muxer makes them anew from the chapters and the metadata.
-            if stream.name not in ("bin_data", "tmcd", None):
-                self.notices.append(f"{label} is not kept")
+            # Timecode tracks of mp4/mov, and those of chapters, which FFmpeg discards: the muxer makes them anew from
+            # the metadata and the chapters.
+            if "timecode" not in stream.metadata and stream.discard != Discard.all:
+                self.notices.append(f"data stream #{stream.index} ({stream.name or 'unknown'}) is not kept")
         elif isinstance(stream, AttachmentStream):
             if container == "matroska":
                 self._target.add_stream_from_template(stream)  # its payload goes into the header
@@ -161,7 +165,17 @@ class StreamCopier:
             self.notices.append(f"{label} is not kept: {container} does not hold it")
             return
         self._copy_properties(stream, route.stream)
+        for mark in marks_not_held(stream.disposition, container):
+            self.notices.append(f"{label} is no longer marked `{mark}`: {container} does not hold it")
         self._routes[stream.index] = route
+
+    def _check_subtitles_on(self) -> None:
+        """mp4's muxer turns on one track of each kind. Of sound any player does, but subtitles appear."""
+        container = self._target.format.name
+        tracks = [route.stream for route in self._routes.values() if isinstance(route.stream, SubtitleStream)]
+        marked = any(track.disposition & Disposition.default for track in tracks)
+        if container in ("mp4", "mov") and tracks and not marked:
+            self.notices.append(Remark(f"subtitles are on by default: {container} needs it"))
 
     def _is_held(self, add: Callable[[OutputContainer], object]) -> bool:
         """Whether the container takes such a stream: asked of the muxer, with a file in memory."""
@@ -197,14 +211,17 @@ class StreamCopier:
         return True
 
     def _copy_file_properties(self) -> None:
-        self._target.metadata.update(_without(self._input.metadata, _FILE_KEYS))
+        self._target.metadata.update(file_tags(self._input.metadata, self._target.format.name))
+        lost = tags_not_held(self._target)
+        if lost:
+            self.notices.append(f"metadata is not kept, {self._target.format.name} does not hold it: {', '.join(lost)}")
         chapters = self._window.chapters(self._input.chapters())
         if chapters:
             self._target.set_chapters(chapters)
 
     def _copy_properties(self, stream: Stream, copy: Stream) -> None:
         changed = isinstance(stream, VideoStream) or self._window != WHOLE or copy.name != stream.name
-        copy.metadata.update(_without(stream.metadata, _STREAM_KEYS if changed else {"encoder"}))
+        copy.metadata.update(stream_tags(stream.metadata, changed=changed))
         language = copy.metadata.get("language")
         if language in _MOV_LANGUAGES and self._target.format.name == "mov":
             copy.metadata["language"] = _MOV_LANGUAGES[language]
@@ -233,7 +250,10 @@ class StreamCopier:
         window = self._window
         try:
             for packet in self._input.demux():
-                if packet.stream_index not in self._routes or not packet.size:  # PyAV's sign of a stream's end
+                if not packet.size:  # PyAV's sign of a stream's end
+                    continue
+                self._joined.place(packet)
+                if packet.stream_index not in self._routes:
                     continue
                 if window.end is not None and _decoding_time(packet) > window.end + _INTERLEAVING:
                     break
@@ -274,7 +294,3 @@ def _is_timecode(text: str, rate: Fraction | None) -> bool:
         return False
     drops = parts[4] != ":"
     return int(parts[5]) < round(rate) and (not drops or (rate.denominator == 1001 and round(rate) % 30 == 0))
-
-
-def _without(metadata: dict[str, str], keys: set[str]) -> dict[str, str]:
-    return {key: value for key, value in metadata.items() if key.lower().split("-")[0] not in keys}

@@ -11,6 +11,7 @@ from typing import Any
 
 import av
 from av.container import InputContainer
+from av.packet import PktSideDataT
 from av.stream import Disposition, Stream
 from av.video.codeccontext import VideoCodecContext
 from av.video.stream import VideoStream
@@ -21,6 +22,10 @@ from duovsr.video.sidedata import SideData
 
 PIPE = Path("-")  # standard input
 IMAGES_RATE = Fraction(25)
+_HOLE = 1024  # bytes between two packets, far beyond what matroska puts there
+_BESIDE: PktSideDataT = "matroska_block_additional"  # transparency, of VP9
+_REORDERED = 16  # packets; no encoder moves one further from its place
+_WITHOUT_TIME = 250  # packets, which are held meanwhile
 _ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}  # FFmpeg's own drop the transparency without a word
 
 
@@ -108,7 +113,9 @@ class ClipSource(Source):
         self.damaged = 0
         self.notices: list[str] = []
         self._demuxed_until = Fraction(0)
-        self._is_suspect = False
+        self._shown_until = Fraction(0)
+        self._read_until: int | None = None  # bytes of the file, where they are packet by packet
+        self._is_after_hole = self._is_hollow = self._is_suspect = False
         self._container = open_input(path)
         try:
             self._stream = main_video(self._container, path)
@@ -129,6 +136,14 @@ class ClipSource(Source):
         self.audio_codec = codec_name(audio) if audio else None
 
     def pictures(self) -> Iterator[av.VideoFrame]:
+        for packet in self._with_start(self._packets()):
+            if packet.stream_index == self._stream.index and packet.size:
+                self._is_suspect |= packet.is_corrupt
+                yield from self._decode(packet)
+        yield from self._decode(None)  # what the decoder still holds back for reordering
+
+    def _packets(self) -> Iterator[av.Packet[Any]]:
+        """Of all streams, as far as the container can be read."""
         packets = self._container.demux()
         while True:
             try:
@@ -137,24 +152,60 @@ class ClipSource(Source):
                 self.damaged += 1
                 packet = None
             if packet is None:
-                break
+                return
+            self._look_for_holes(packet)
+            yield packet
+
+    def _with_start(self, packets: Iterator[av.Packet[Any]]) -> Iterator[av.Packet[Any]]:
+        """The packets, and `start_pts` right where the first pictures have no time: matroska's negative times of
+        reordered pictures are lost in FFmpeg. They come before the first picture that has one."""
+        queue: list[av.Packet[Any]] = []
+        known: list[int] = []
+        unknown = 0
+        for packet in packets:
+            queue.append(packet)
+            if packet.stream_index != self._stream.index or not packet.size:
+                continue
             if packet.pts is not None:
-                end = (packet.pts + (packet.duration or 0)) * packet.time_base
-                self._demuxed_until = max(self._demuxed_until, end)
-            if packet.stream_index == self._stream.index and packet.size:
-                self._is_suspect |= packet.is_corrupt
-                yield from self._decode(packet)
-        yield from self._decode(None)  # what the decoder still holds back for reordering
+                known.append(packet.pts)
+            unknown += packet.pts is None and packet.dts is None
+            if not unknown or len(known) >= _REORDERED or unknown >= _WITHOUT_TIME:
+                break
+        if known and unknown:
+            self.start_pts = min(known) - unknown * max(1, round(1 / (self._rate() * self.time_base)))
+        yield from queue
+        yield from packets
+
+    def _look_for_holes(self, packet: av.Packet[Any]) -> None:
+        """Notes how far the container was read, and bytes of matroska that were skipped, and pictures with them: its
+        demuxer says nothing, and goes on with the next cluster."""
+        if self._container.format.name == "matroska,webm" and packet.pos is not None:
+            self._is_after_hole |= self._read_until is not None and packet.pos > self._read_until + _HOLE
+            beside = packet.get_sidedata(_BESIDE).data_size if packet.has_sidedata(_BESIDE) else 0
+            self._read_until = max(self._read_until or 0, packet.pos + packet.size + beside)
+        if packet.pts is None:
+            return
+        start = packet.pts * packet.time_base
+        end = start + (packet.duration or 0) * packet.time_base
+        self._demuxed_until = max(self._demuxed_until, end)
+        if packet.stream_index == self._stream.index:
+            self._is_hollow |= self._is_after_hole and start - self._shown_until > 2 / self._rate()
+            self._is_after_hole = False
+            self._shown_until = max(self._shown_until, end)
+
+    def _rate(self) -> Fraction:
+        return self.frame_rate or IMAGES_RATE
 
     def is_incomplete(self, count: int) -> bool:
-        """Whether all streams end well before the container says they do, as in a truncated mkv, or packets of a
-        transport stream are missing, and pictures too (joined files lack packets, but no pictures)."""
-        if self._is_suspect and count < (self.num_frames or 0):
+        """Whether all streams end well before the container says they do, as in a truncated mkv, or bytes in the middle
+        of it were skipped, or packets of a transport stream are missing, and pictures too (joined files lack packets,
+        but no pictures)."""
+        if self._is_hollow or (self._is_suspect and count < (self.num_frames or 0)):
             return True
         if not self._container.duration or not self._demuxed_until:
             return False
         end = Fraction((self._container.start_time or 0) + self._container.duration, av.time_base)
-        return end - self._demuxed_until > max(2 / (self.frame_rate or IMAGES_RATE), Fraction(1, 2))
+        return end - self._demuxed_until > max(2 / self._rate(), Fraction(1, 2))
 
     def close(self) -> None:
         self._container.close()

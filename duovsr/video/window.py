@@ -8,22 +8,26 @@ from math import ceil, floor
 from typing import TYPE_CHECKING, Any
 
 import av
+from av.subtitles.stream import SubtitleStream
 
 if TYPE_CHECKING:
     from av.container.core import Chapter
 
 
+_GRACE = Fraction(1, 10)  # seconds that packets overlap at most, around damage, while time goes on
 _ABSURD = 2**62  # ticks, which only damaged files have: a move could leave the 64 bits of a timestamp
 
 
 @dataclass(frozen=True)
 class Window:
     """The part of the source's timeline that is kept, in seconds; `end` is excluded, None is open. All of it moves by
-    `shift`."""
+    `shift`. `moves` are those of `VideoReader`: the timeline is the one that goes on where the source's time starts
+    again."""
 
     start: Fraction | None = None
     end: Fraction | None = None
     shift: Fraction = Fraction(0)
+    moves: tuple[Fraction, ...] = ()
 
     def place(self, packet: av.Packet[Any], *, clip: bool) -> bool:
         """Moves a packet to its time in the output; False: it is outside.
@@ -68,6 +72,33 @@ class Window:
             start, end = (round((time + self.shift) / tick) for time in (first, last))
             kept.append({**chapter, "start": start, "end": end})
         return kept
+
+
+class JoinedTime:
+    """Gives the packets of all streams one timeline where the source's time starts again, as in joined files: they are
+    moved on as the picture was, by one of `moves`."""
+
+    def __init__(self, moves: tuple[Fraction, ...]) -> None:
+        self._moves = (Fraction(0), *moves)
+        self._current = Fraction(0)  # of the part that is being read
+        self._streams: dict[int, tuple[Fraction, Fraction]] = {}  # move and end of the last packet
+
+    def place(self, packet: av.Packet[Any]) -> None:
+        """Moves a packet; all of them are to be shown, in the order of the file, those of the picture too."""
+        tick = packet.time_base
+        timestamp = packet.pts if packet.dts is None else packet.dts
+        if len(self._moves) == 1 or timestamp is None or abs(timestamp) >= _ABSURD:
+            return
+        if not isinstance(packet.stream, SubtitleStream):  # too few to tell that time has started again
+            time = timestamp * tick
+            move, end = self._streams.get(packet.stream_index, (self._current, time + self._current))
+            if time + move < end - _GRACE:
+                move = min(self._moves, key=lambda move: abs(time + move - end))
+            self._streams[packet.stream_index] = move, time + move + (packet.duration or 0) * tick
+            self._current = move
+        ticks = round(self._current / tick)
+        packet.pts = None if packet.pts is None else packet.pts + ticks
+        packet.dts = None if packet.dts is None else packet.dts + ticks
 
 
 WHOLE = Window()

@@ -1,0 +1,109 @@
+"""What files say about themselves and their streams is kept where the container holds it, and said where not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import av
+import pytest
+from av.stream import Disposition
+
+from duovsr.errors import Remark
+from duovsr.video.remux import StreamCopier
+from tests.clips import Clip, write_clip
+from tests.test_video_remux import edited
+
+APPLE = {
+    "com.apple.quicktime.make": "Apple",
+    "com.apple.quicktime.software": "17.1",
+    "com.apple.quicktime.location.ISO6709": "+48.1000+011.5000/",
+    "com.apple.quicktime.creationdate": "2024-01-02T03:04:05+0200",
+    "title": "A clip",
+}
+
+
+def copied(source: Path, target: Path, options: dict[str, str] | None = None) -> tuple[dict[str, str], list[str]]:
+    """The metadata of a file with all that `source` has beside its picture, and what was said."""
+    with av.open(str(target), "w", container_options=options or {}, metadata_errors="surrogateescape") as out:
+        video = out.add_stream("libvpx-vp9" if target.suffix == ".webm" else "libx264", rate=25)
+        video.width, video.height, video.pix_fmt = 64, 48, "yuv420p"
+        copier = StreamCopier(source, out, video)
+        out.mux(video.encode(av.VideoFrame(64, 48, "yuv420p")))
+        out.mux(video.encode(None))
+        copier.finish()
+    copier.close()
+    with av.open(str(target)) as container:
+        return {key.lower(): value for key, value in container.metadata.items()}, copier.notices
+
+
+def test_keys_that_the_container_does_not_hold_are_said(tmp_path: Path) -> None:
+    tags = {"title": "Ein Titel", "artist": "me", "FOO": "bar", "DATE_RECORDED": "2020", "timecode": "no timecode"}
+    source = write_clip(tmp_path / "in.mkv", Clip(metadata=tags))
+    for suffix, name in ((".mp4", "mp4"), (".mov", "mov")):
+        kept, notices = copied(source, tmp_path / f"out{suffix}")
+        assert (kept["title"], kept["artist"]) == ("Ein Titel", "me")
+        assert f"metadata is not kept, {name} does not hold it: DATE_RECORDED, FOO" in notices
+        assert len(notices) == 2 and not any(isinstance(notice, Remark) for notice in notices)  # and the timecode
+    for suffix in (".mkv", ".webm"):
+        kept, notices = copied(source, tmp_path / f"out{suffix}")
+        assert (kept["foo"], kept["date_recorded"]) == ("bar", "2020")
+        assert notices == []
+
+
+def test_the_muxer_is_asked_with_its_options(tmp_path: Path) -> None:
+    source = write_clip(tmp_path / "in.mkv", Clip(metadata={"FOO": "bar"}))
+    kept, notices = copied(source, tmp_path / "out.mp4", {"movflags": "use_metadata_tags"})
+    assert kept["foo"] == "bar"
+    assert notices == []
+
+
+def test_what_a_camera_says_is_kept_under_common_names(tmp_path: Path) -> None:
+    source = write_clip(tmp_path / "in.mov", Clip(metadata=APPLE, muxer={"movflags": "use_metadata_tags"}))
+    kept, notices = copied(source, tmp_path / "out.mov")
+    assert (kept["make"], kept["title"]) == ("Apple", "A clip")
+    assert (kept["location"], kept["date"]) == ("+48.1000+011.5000/", "2024-01-02T03:04:05+0200")
+    assert notices == []
+    kept, notices = copied(source, tmp_path / "out.mp4")
+    assert (kept["location"], kept["date"]) == ("+48.1000+011.5000/", "2024-01-02T03:04:05+0200")
+    assert notices == ["metadata is not kept, mp4 does not hold it: make"]
+    kept, notices = copied(source, tmp_path / "out.mkv")
+    assert kept["com.apple.quicktime.make"] == "Apple"
+    assert notices == []
+
+
+@pytest.mark.parametrize(
+    ("suffix", "lost"),
+    [
+        (".mkv", set()),
+        (".mp4", {"original"}),
+        (".webm", {"comment", "hearing_impaired", "visual_impaired", "dub", "original"}),
+        (".mov", {"comment", "forced", "hearing_impaired", "visual_impaired", "dub", "original"}),
+    ],
+)
+def test_marks_are_kept_or_said(tmp_path: Path, suffix: str, lost: set[str]) -> None:
+    codec = "libopus" if suffix == ".webm" else "aac"
+    clip = write_clip(tmp_path / "clip.mkv", Clip(audio=[codec] * 2))
+    for mark in ("comment", "forced", "hearing_impaired", "visual_impaired", "dub", "original"):
+
+        def put(out: object, copies: dict[int, av.stream.Stream], mark: str = mark) -> None:
+            copies[2].disposition = Disposition[mark]
+
+        target = tmp_path / f"{mark}{suffix}"
+        _, notices = copied(edited(clip, tmp_path / "in.mkv", put), target)
+        with av.open(str(target)) as container:
+            assert bool(container.streams.audio[1].disposition & Disposition[mark]) == (mark not in lost)
+        name = {".mkv": "matroska"}.get(suffix, suffix[1:])
+        stream = f"audio stream #2 ({codec.removeprefix('lib')})"
+        assert notices == ([f"{stream} is no longer marked `{mark}`: {name} does not hold it"] if mark in lost else [])
+
+
+def test_telemetry_is_said_and_a_chapter_track_is_not(tmp_path: Path) -> None:
+    source = write_clip(tmp_path / "in.mp4", Clip(chapters=[(0, 200, "One"), (200, 400, "Two")]))
+    assert copied(source, tmp_path / "out.mp4")[1] == []
+    data = source.read_bytes().replace(b"chap", b"cdsc").replace(b"chpl", b"free")  # the track is no chapter track
+    entry = data.find(b"text", data.rfind(b"stsd"))
+    kind = data.rfind(b"text", 0, entry)
+    data = data[:kind] + b"meta" + data[kind + 4 : entry] + b"gpmd" + data[entry + 4 :]
+    source.write_bytes(data)
+    for suffix in (".mp4", ".mov", ".mkv"):
+        assert copied(source, tmp_path / f"out{suffix}")[1] == ["data stream #1 (bin_data) is not kept"]
