@@ -4,18 +4,22 @@
 
 MODEL is a model folder or a run of `duovsr train`; POOL is made by `duovsr train pool --set validation=true`. Each
 `--share` adds a blend of the first two models, so much of the second (as `duovsr train export --set blend=`). Prints a
-line for each: means over the windows. VMAF is of the offline ranker, on five frames: compare within a table only.
+line for each, and for the truth: means over the windows. `e_warp` above the truth's is flicker. VMAF is of the offline
+ranker, on five frames: compare within a table only. (Needs OpenCV.)
 """
 
 from __future__ import annotations
 
 import argparse
+from contextlib import suppress
 from pathlib import Path
 from statistics import fmean
 
+import numpy as np
 import torch
 
 from duovsr.metrics.meter import Unmeasurable
+from duovsr.metrics.warping import DisFlow, WarpingMeter
 from duovsr.options import PRESETS
 from duovsr.train.data import Pool
 from duovsr.train.distributed import World
@@ -25,6 +29,7 @@ from duovsr.train.options import RefineConfig
 from duovsr.train.rankers import Ranker, make_rankers
 from duovsr.train.roles import Inputs, diffusion_model, ode_restore
 from duovsr.train.runs import Weights, load_weights
+from duovsr.train.validation import Restore
 
 CPU = torch.device("cpu")
 SIDE, FRAMES = 192, 5
@@ -37,24 +42,37 @@ def blended(first: Weights, second: Weights, share: float) -> Weights:
     }
 
 
-@torch.no_grad()
-def scores(weights: Weights, pool: Pool, rankers: list[Ranker], windows: int) -> dict[str, float]:
-    """Means over the first `windows` of the pool; a ranker passes over what it cannot measure."""
+def restorer(weights: Weights, pool: Pool) -> Restore:
     preset, run = PRESETS["tiny"], Run(Path(), RefineConfig(), World(0, 1, CPU))
     inputs = Inputs(preset, pool, None, weights, Path())
     student = diffusion_model(preset, inputs.weights("model"), run, trained=False)
-    restore = ode_restore(run, preset, inputs.autoencoder(run), student, steps=1, shift=1.0)
-    found: dict[str, list[float]] = {ranker.name: [] for ranker in rankers}
+    return ode_restore(run, preset, inputs.autoencoder(run), student, steps=1, shift=1.0)
+
+
+@torch.no_grad()
+def scores(restore: Restore | None, pool: Pool, rankers: list[Ranker], windows: int) -> dict[str, float]:
+    """Means over the first `windows` of the pool, of the truth where there is no `restore`; what cannot be measured is
+    passed over.
+    """
+    found: dict[str, list[float]] = {name: [] for name in (*(ranker.name for ranker in rankers), "e_warp")}
     for row in range(windows):
         hq, lq = pool.fixed(range(row, row + 1), SIDE, FRAMES, CPU)
         draws = Draws.of(range(row, row + 1), seed=0, step=0, part=1, device=CPU)
-        output = restore(hq, lq, draws).float()
+        output = hq if restore is None else restore(hq, lq, draws).float()
+        meter = WarpingMeter(DisFlow())
+        for frame, truth in zip(_pixels(output), _pixels(hq), strict=True):
+            meter.update(frame, truth)
+        with suppress(Unmeasurable):
+            found["e_warp"].append(meter.mean())
         for ranker in rankers:
-            try:
+            with suppress(Unmeasurable):
                 found[ranker.name].append(ranker(output, hq))
-            except Unmeasurable:
-                continue
     return {name: fmean(values) for name, values in found.items() if values}
+
+
+def _pixels(frames: torch.Tensor) -> list[np.ndarray]:
+    """(1, 3, T, H, W) in [-1, 1] -> T of (H, W, 3) uint8."""
+    return list(((frames[0].clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 3, 0).numpy())
 
 
 def main() -> None:
@@ -71,8 +89,9 @@ def main() -> None:
     for share in args.share:
         first, second = list(candidates.values())[:2]
         candidates[f"{share:g} of the second"] = blended(first, second, share)
-    for name, weights in candidates.items():
-        line = ", ".join(f"{key} {value:.3f}" for key, value in scores(weights, pool, rankers, args.windows).items())
+    restorers: dict[str, Restore | None] = {name: restorer(weights, pool) for name, weights in candidates.items()}
+    for name, restore in {**restorers, "truth": None}.items():
+        line = ", ".join(f"{key} {value:.3f}" for key, value in scores(restore, pool, rankers, args.windows).items())
         print(f"{name}: {line}", flush=True)
 
 
