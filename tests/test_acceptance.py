@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -144,3 +145,19 @@ def test_a_stream_with_one_keyframe(tmp_path: Path) -> None:
     assert report.reused >= files.PIECE_FRAMES
     with av.open(str(target)) as container:
         assert sum(1 for _ in container.decode(video=0)) == 100
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".mov"])
+def test_other_tools_find_no_fault(tmp_path: Path, suffix: str) -> None:
+    ffmpeg, mkvmerge = shutil.which("ffmpeg"), shutil.which("mkvmerge")
+    if ffmpeg is None and mkvmerge is None:
+        pytest.skip("needs ffmpeg or mkvtoolnix")
+    source = write_clip(tmp_path / "in.mp4", Clip(pts=range(0, 60 * 512, 512), audio=["aac"], options={"bf": "2"}))
+    target = tmp_path / f"out{suffix}"
+    bicubic().upscale_file(source, target, IDENTITY)
+    if ffmpeg is not None:
+        command = [ffmpeg, "-v", "error", "-xerror", "-i", str(target), "-f", "null", "-"]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (0, "")
+    if mkvmerge is not None:
+        assert subprocess.run([mkvmerge, "--identify", str(target)], capture_output=True).returncode == 0
