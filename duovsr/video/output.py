@@ -185,8 +185,7 @@ def fsync_folder(path: Path) -> None:
 
 
 def verify_output(path: Path, expected_pts: Sequence[int], time_base: Fraction) -> None:
-    """Demuxes the finished file and raises `AssertionError` unless it shows as many frames, and when, as expected, and
-    says that it lasts as long.
+    """Demuxes the finished file and raises `AssertionError` unless it shows as many frames, and when, as expected.
 
     Times may be off by the rounding to the container's own clock (1 ms in mkv), never by more.
     """
@@ -195,15 +194,11 @@ def verify_output(path: Path, expected_pts: Sequence[int], time_base: Fraction) 
         tick = stream.time_base or Fraction(0)
         shown = (packet.pts for packet in container.demux(stream) if packet.size and not packet.is_discard)
         found = sorted(-1 if pts is None else pts for pts in shown)
-        lasts = stream.duration * tick if stream.duration else Fraction(container.duration or 0, av.time_base)
     if len(found) != len(expected_pts):
         raise AssertionError(f"`{path}` has {len(found)} frames instead of {len(expected_pts)}")
     for index, (pts, expected) in enumerate(zip(found, sorted(expected_pts), strict=True)):
         if abs(pts * tick - expected * time_base) > tick / 2:
             raise AssertionError(f"frame {index} of `{path}` is at {pts * tick} s instead of {expected * time_base} s")
-    span = (max(expected_pts) - min(expected_pts)) * time_base
-    if lasts + tick < span:
-        raise AssertionError(f"`{path}` says that it lasts {float(lasts)} s, its frames span {float(span)} s")
 
 
 def _readable(size: int) -> str:
