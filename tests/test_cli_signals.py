@@ -162,26 +162,3 @@ def test_other_commands_stop_at_once(run: Run, monkeypatch: pytest.MonkeyPatch) 
         monkeypatch.setattr("duovsr.engine.doctor.examine", lambda number=number: os.kill(os.getpid(), number))
         assert run("doctor") == code
         assert run.err.startswith("error: ")
-
-
-@pytest.mark.parametrize("silent", ["source", "target"])
-def test_a_pipe_that_stalls_can_be_left(tmp_path: Path, silent: str) -> None:
-    """Nothing comes, or nobody reads: no piece is ever finished, and no thread can be waited for."""
-    source = write_clip(tmp_path / "in.nut", Clip(pts=range(0, 512 * 200, 512), size=(320, 240), codec="ffv1"))
-    places = ["-", str(tmp_path / "out.mkv")] if silent == "source" else [str(source), "-"]
-    command = [*DUOVSR, "upscale", *places, "--scale", "1", "--device", "cpu", "--codec", "ffv1"]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with subprocess.Popen(command, **pipes) as process:  # type: ignore[call-overload]
-        if silent == "source":
-            process.stdin.write(source.read_bytes()[:200_000])
-            process.stdin.flush()
-            while not (tmp_path / "out.mkv.duovsr").exists():
-                assert process.poll() is None, process.stderr.read()
-                time.sleep(0.02)
-        else:
-            assert process.stdout.read(1)
-        for _ in range(2):
-            time.sleep(1)
-            process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=60) == 130, process.stderr.read()
-    assert sorted(path.name for path in tmp_path.iterdir() if path.suffix != ".duovsr") == ["in.nut"]
