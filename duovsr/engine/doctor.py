@@ -11,6 +11,7 @@ import torch
 
 from duovsr.engine.upscaler import choose_device, choose_dtype
 from duovsr.errors import DuovsrError
+from duovsr.model.transformer import describe_attention
 from duovsr.repository import shipped_models
 
 _PACKAGES = ("duovsr", "torch", "numpy", "av", "typer", "rich", "safetensors", "huggingface-hub", "triton", "xformers")
@@ -44,7 +45,7 @@ def examine() -> tuple[dict[str, Any], list[str]]:
             "mps": "available" if torch.backends.mps.is_available() else "not available",
             "auto": f"{device.type}, {str(choose_dtype('auto', device)).removeprefix('torch.')}",
         },
-        "attention": "sdpa (torch)",
+        "attention": describe_attention(device),
         "encoders": {name: "yes" if present else "no" for name, present in encoders.items()},
         "models": _models(problems),
     }

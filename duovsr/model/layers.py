@@ -1,4 +1,4 @@
-"""Layers of the DiT, as Wan2.1's `model.py` defines them: norms, rotary positions, timestep embedding."""
+"""Layers of the DiT, as Wan2.1's `model.py` defines them: q/k norm, rotary positions, timestep embedding."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
+
+from duovsr.kernels.prologue import rms_norm
 
 ROPE_THETA = 10000.0
 
@@ -31,15 +33,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        # The norm accumulates in float32 without a float32 copy of x, which costs five times as much on a CPU.
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-        scale = torch.rsqrt(norm.square() / x.shape[-1] + self.eps)
-        return x * (scale * self.weight).to(x.dtype)
-
-
-def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
-    """LayerNorm without parameters (torch accumulates it in float32), then x (1 + scale) + shift."""
-    return torch.addcmul(shift, nn.functional.layer_norm(x, (x.shape[-1],), eps=eps), 1 + scale)
+        return rms_norm(x, self.weight, self.eps)
 
 
 def timestep_embedding(timestep: Tensor, dim: int) -> Tensor:
@@ -69,11 +63,6 @@ def rope_table(T: int, H: int, W: int, head_dim: int, start: int, device: torch.
         angles = position.double()[:, None] * ladder
         shape = [1, 1, 1, n]
         shape[axis] = -1
-        axes.append(torch.polar(torch.ones_like(angles), angles).view(shape).expand(T, H, W, n))
-    return torch.cat(axes, dim=-1)[:, :, :, None].to(torch.complex64).to(device)
-
-
-def apply_rope(x: Tensor, rotations: Tensor) -> Tensor:
-    """Rotate interleaved pairs (2i, 2i + 1) of x (B, T, H, W, heads, head_dim) by `rope_table`'s angles."""
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * rotations).flatten(-2).to(x.dtype)
+        rotations = torch.polar(torch.ones_like(angles), angles).to(torch.complex64).to(device)
+        axes.append(rotations.view(shape).expand(T, H, W, n))  # there, as a clip's table is megabytes
+    return torch.cat(axes, dim=-1)[:, :, :, None]

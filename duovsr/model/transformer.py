@@ -8,14 +8,18 @@ are state that the caller carries from chunk to chunk, and a streamed clip equal
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from duovsr.kernels import backends
 from duovsr.kernels.attention import attention
-from duovsr.model.layers import RMSNorm, apply_rope, modulated_norm, rope_table, timestep_embedding
+from duovsr.kernels.modulate import gated_residual, gated_residual_norm, modulated_norm, residual_modulated_norm
+from duovsr.kernels.prologue import rotated_norms
+from duovsr.model.layers import RMSNorm, rope_table, timestep_embedding
 from duovsr.options import TransformerConfig
 
 
@@ -28,12 +32,18 @@ class TransformerState:
     values: tuple[Tensor, ...]
 
 
+def describe_attention(device: torch.device) -> dict[str, Any]:
+    """What can compute attention on `device`, and what `auto` takes."""
+    return backends.describe(device)
+
+
 class Attention(nn.Module):
     """The projections that both kinds of attention have; q and k are normed over all channels."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.heads = config.heads
+        self.backend = "auto"  # see `Transformer.attend_with`
         self.q = nn.Linear(config.dim, config.dim)
         self.k = nn.Linear(config.dim, config.dim)
         self.v = nn.Linear(config.dim, config.dim)
@@ -54,13 +64,13 @@ class SelfAttention(Attention):
         self, x: Tensor, rope: Tensor, past: tuple[Tensor, Tensor] | None
     ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
         """x (B, T, H, W, D) and the keys and values of earlier frames -> the same shape, and the new ones."""
-        q = apply_rope(self.norm_q(self.q(x)).unflatten(-1, (self.heads, -1)), rope)
-        k = apply_rope(self.norm_k(self.k(x)).unflatten(-1, (self.heads, -1)), rope)
+        q, k = rotated_norms(self.q(x), self.k(x), self.norm_q.weight, self.norm_k.weight, rope, self.norm_q.eps)
         v = self.v(x).unflatten(-1, (self.heads, -1))
         if self.past is not None:
             k, v = _with_past(k, v, past, self.past)
             past = k[:, -self.past :], v[:, -self.past :]
-        return self.o(attention(q, k, v, self.window, shifted=self.shifted).flatten(-2)), past
+        attended = attention(q, k, v, self.window, shifted=self.shifted, backend=self.backend)
+        return self.o(attended.flatten(-2)), past
 
 
 def _with_past(k: Tensor, v: Tensor, before: tuple[Tensor, Tensor] | None, frames: int) -> tuple[Tensor, Tensor]:
@@ -79,7 +89,7 @@ class CrossAttention(Attention):
         q = self.norm_q(self.q(x)).unflatten(-1, (self.heads, -1))
         k = self.norm_k(self.k(text))[:, :, None, None].unflatten(-1, (self.heads, -1))
         v = self.v(text)[:, :, None, None].unflatten(-1, (self.heads, -1))
-        return self.o(attention(q, k, v).flatten(-2))
+        return self.o(attention(q, k, v, backend=self.backend).flatten(-2))
 
 
 class Block(nn.Module):
@@ -100,10 +110,9 @@ class Block(nn.Module):
         parts = (self.modulation.float() + modulation).to(x.dtype).unsqueeze(2).unsqueeze(2)  # (B, 6, 1, 1, D)
         shift1, scale1, gate1, shift2, scale2, gate2 = (part.unsqueeze(1) for part in parts.unbind(1))
         attended, past = self.self_attn(modulated_norm(x, shift1, scale1, self.eps), rope, past)
-        x = torch.addcmul(x, gate1, attended)
-        x = x + self.cross_attn(self.norm3(x), text)
-        x = torch.addcmul(x, gate2, self.ffn(modulated_norm(x, shift2, scale2, self.eps)))
-        return x, past
+        x, h = gated_residual_norm(x, gate1, attended, self.norm3.weight, self.norm3.bias, self.eps)
+        x, h = residual_modulated_norm(x, self.cross_attn(h, text), shift2, scale2, self.eps)
+        return gated_residual(x, gate2, self.ffn(h)), past
 
 
 class Head(nn.Module):
@@ -139,6 +148,15 @@ class Transformer(nn.Module):
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(config.dim, 6 * config.dim))
         self.blocks = nn.ModuleList(Block(config, shifted=i % 2 == 1) for i in range(config.layers))
         self.head = Head(config)
+
+    def attend_with(self, backend: str) -> None:
+        """Compute attention by one of `kernels.backends.BACKENDS`, or by the fastest: `auto`. Raises UsageError for one
+        that is not available. Where a gradient is wanted it is torch's all the same."""
+        weight = self.patch_embedding.weight
+        backends.require(backend, weight.device, weight.dtype, self.config.dim // self.config.heads)
+        for module in self.modules():
+            if isinstance(module, Attention):
+                module.backend = backend
 
     def forward(
         self,

@@ -26,6 +26,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from duovsr.kernels.dispatch import fused
+from duovsr.kernels.vae import after, channel_norm, norm_silu_after
 from duovsr.model.tiny_vae import VAEState
 from duovsr.options import WanVAEConfig
 
@@ -48,12 +50,13 @@ class Memories:
 
         The last `keep` frames of the result are what the next call gets.
         """
-        before = next(self._before)
-        if before is not None:
-            x = torch.cat([before, x], dim=2)
-        elif zeros:
-            # The layout is named because a pad of no frames (the first up-sampling of a lone frame) would lose it.
-            x = F.pad(x, (0, 0, 0, 0, zeros, 0)).contiguous(memory_format=torch.channels_last_3d)
+        return self._remember(after(x, next(self._before), zeros), keep)
+
+    def prepend_normed(self, x: Tensor, gamma: Tensor) -> Tensor:
+        """`prepend` to the SiLU of a `ChannelNorm` of x."""
+        return self._remember(norm_silu_after(x, gamma, next(self._before), 2), 2)
+
+    def _remember(self, x: Tensor, keep: int) -> Tensor:
         self._after.append(x[:, :, -keep:].clone())  # a view would keep all of x alive
         return x
 
@@ -69,10 +72,7 @@ class ChannelNorm(nn.Module):
         self.gamma = nn.Parameter(torch.ones(channels, *[1] * axes))
 
     def forward(self, x: Tensor) -> Tensor:
-        norm = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.float32)
-        scale = x.shape[1] ** 0.5 / norm.clamp_min(1e-12)
-        scale = scale.clamp_max(torch.finfo(x.dtype).max)  # float16: a zero position would be 0 * inf
-        return x * scale.to(x.dtype) * self.gamma
+        return channel_norm(x, self.gamma)
 
 
 def causal_conv(in_channels: int, out_channels: int) -> nn.Conv3d:
@@ -82,7 +82,7 @@ def causal_conv(in_channels: int, out_channels: int) -> nn.Conv3d:
 
 def norm_silu_conv(layers: nn.ModuleDict, norm: str, conv: str, x: Tensor, memories: Memories) -> Tensor:
     """The step of which nearly all of the VAE is made."""
-    return layers[conv](memories.prepend(F.silu(layers[norm](x), inplace=True)))
+    return layers[conv](memories.prepend_normed(x, layers[norm].get_parameter("gamma")))
 
 
 def per_frame(module: nn.Module, x: Tensor) -> Tensor:
@@ -127,8 +127,19 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         qkv = self.to_qkv(self.norm(x)).flatten(2).transpose(1, 2)  # (N, H W, 3 C)
-        attended = torch.cat([attend(*image.chunk(3, dim=-1)) for image in qkv.split(1)])
-        return x + self.proj(attended.transpose(1, 2).unflatten(2, x.shape[2:]))
+        return x + self.proj(attend_images(qkv).transpose(1, 2).unflatten(2, x.shape[2:]))
+
+
+def _thirds_fit(qkv: Tensor) -> bool:
+    """The fused kernel takes Wan2.1's own 384 channels as three blocks, whose sides are powers of two."""
+    third, rest = divmod(qkv.shape[2] // 3, 3)
+    return rest == 0 and third in (16, 32, 64, 128) and qkv.dtype != torch.float32
+
+
+@fused(_thirds_fit)
+def attend_images(qkv: Tensor) -> Tensor:
+    """Attention within each image: queries, keys and values (N, L, 3 C) -> (N, L, C)."""
+    return torch.cat([attend(*image.chunk(3, dim=-1)) for image in qkv.split(1)])
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -182,11 +193,14 @@ class DoublingConv(nn.Conv2d):
         phases = F.conv2d(x, self._folded(), None if self.bias is None else self.bias.repeat(4), padding=1)
         N, _, H, W = x.shape
         phases = phases.permute(0, 2, 3, 1).unflatten(3, (2, 2, -1))  # (N, H + 1, W + 1, row, column, C)
-        rows = [
-            torch.stack([phases[:, i : i + H, j : j + W, i, j] for j in (0, 1)], dim=3)  # (N, H, W, column, C)
-            for i in (0, 1)
-        ]
-        return torch.stack(rows, dim=2).reshape(N, 2 * H, 2 * W, -1).permute(0, 3, 1, 2)
+        image, down, right, row, column, channel = phases.stride()
+        # Phase (i, j) of pixel (y, x) is at (y + i, x + j): a step to the next phase is one along both of its axes.
+        pixels = phases.as_strided(
+            (N, H, 2, W, 2, phases.shape[5]),
+            (image, down, down + row, right, right + column, channel),
+            phases.storage_offset(),
+        )
+        return pixels.reshape(N, 2 * H, 2 * W, -1).permute(0, 3, 1, 2)
 
     def _folded(self) -> Tensor:
         """(4 C_out, C_in, 2, 2), phases (row, column) first. An even output row sees rows i - 1, i, i of x; an odd one

@@ -1,0 +1,1 @@
+"""The Triton kernels. Only `duovsr.kernels.dispatch` imports them, where Triton can run."""
