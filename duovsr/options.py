@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
+from pathlib import Path
 from typing import Literal
 
 from duovsr.errors import UsageError
 
+PIPE = Path("-")  # as a source, standard input; as a target, standard output
+
 ColorTransfer = Literal["wavelet", "adain", "none"]
 COLOR_TRANSFERS: tuple[str, ...] = ("wavelet", "adain", "none")
 DEVICES: tuple[str, ...] = ("auto", "cpu", "cuda", "mps")
-DTYPES: tuple[str, ...] = ("auto", "float32", "bfloat16", "float16")
+DTYPES: tuple[str, ...] = ("auto", "float32", "bfloat16", "float16", "int8", "fp8")
+VAES: tuple[str, ...] = ("wan", "tiny")
 
 # Statistics of the latents, published with Wan2.1's VAE: the transformer sees (mu - mean) / std.
 # fmt: off
@@ -110,15 +114,28 @@ class Preset:
     """A model that `--model` can name.
 
     `shared_noise`: the part of its noise's variance that latents share. `learned_prompt`: its condition tokens are
-    trained with it; otherwise they are stored states of a text encoder.
+    trained with it; otherwise they are stored states of a text encoder. `tiny_vae`: a light autoencoder that may be
+    trained for the latents of `vae`.
     """
 
     name: str
     transformer: TransformerConfig
     vae: TinyVAEConfig | WanVAEConfig
+    tiny_vae: TinyVAEConfig | None = None
     shared_noise: float = 0.0
     default_strength: float = 1.0
     learned_prompt: bool = True
+
+    def with_vae(self, name: str | None) -> Preset:
+        """With the autoencoder of this name, or its own. Raises UsageError where it can have no such one."""
+        if name is not None and name not in VAES:
+            raise UsageError(f"unknown autoencoder: `{name}`", hint=f"use {' or '.join(VAES)}")
+        own = "wan" if isinstance(self.vae, WanVAEConfig) else "tiny"
+        if name is None or name == own:
+            return self
+        if self.tiny_vae is None:
+            raise UsageError(f"preset `{self.name}` has no autoencoder `{name}`", hint="leave out `--vae`")
+        return replace(self, vae=self.tiny_vae)
 
 
 PRESETS: dict[str, Preset] = {
@@ -140,6 +157,7 @@ PRESETS: dict[str, Preset] = {
         name="1.3b",
         transformer=TransformerConfig(dim=1536, ffn_dim=8960, heads=12, layers=30),
         vae=WanVAEConfig(),
+        tiny_vae=TinyVAEConfig(),
         learned_prompt=False,
     ),
 }

@@ -29,7 +29,7 @@ LONGEST = 30  # seconds that an altered clip may take
 class Bicubic:
     """What the engine needs of a model: the resized LQ is its output."""
 
-    preset, device, dtype = SMALL, torch.device("cpu"), torch.float32
+    preset, device, dtype, precision = SMALL, torch.device("cpu"), torch.float32, "float32"
     transformer = vae = torch.nn.Identity()
 
     def fingerprint(self) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -134,6 +134,20 @@ def _encode_noise(sound: Any, seed: int, seconds: float) -> Iterable[av.Packet[A
         frame.sample_rate, frame.pts, frame.time_base = AUDIO_RATE, index * 1024, Fraction(1, AUDIO_RATE)
         yield from sound.encode(frame)
     yield from sound.encode(None)
+
+
+def edited(source: Path, path: Path, edit: Callable[[Any, dict[int, Any]], object]) -> Path:
+    """A copy of `source`; `edit` gets the container and its streams, by index, before anything is written."""
+    with av.open(str(source)) as container, av.open(str(path), "w") as out:
+        copies = {stream.index: out.add_stream_from_template(stream, opaque=True) for stream in container.streams}
+        for stream in container.streams:
+            copies[stream.index].metadata.update(stream.metadata)
+        edit(out, copies)
+        for packet in container.demux():
+            if packet.size:
+                packet.stream = copies[packet.stream_index]
+                out.mux(packet)
+    return path
 
 
 def video_times(path: Path) -> list[Fraction]:

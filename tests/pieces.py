@@ -7,12 +7,17 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import av
+
 from duovsr.video.codecs import choose_encoding
 from duovsr.video.encoder import VideoEncoder
+from duovsr.video.info import main_video
 from duovsr.video.mux import Piece, join_pieces, rehearse
-from duovsr.video.output import publish, target_of, verify_output
+from duovsr.video.output import publish, target_of
 from duovsr.video.reader import Frame, VideoReader
-from duovsr.video.remux import Window
+from duovsr.video.remux import StreamCopier, Window
+from duovsr.video.verify import verify_output
+from duovsr.video.window import WHOLE
 
 
 @dataclass(frozen=True)
@@ -48,15 +53,56 @@ def copy_clip(
                     encoder.write(_enlarged(frame, scale))
             pieces.append(Piece(path, list(encoder.written_pts), encoder.reordering))
     partial = destination.with_suffix(".part")
-    first = frames[0].pts * info.time_base
+    first, end = frames[0].pts * info.time_base, reader.end - earlier
     shift = -first if first < 0 else Fraction(0)
-    notices = join_pieces(pieces, partial, target.format_name, info, encoding, Window(shift=shift))
+    notices = join_pieces(pieces, partial, target.format_name, info, encoding, Window(shift=shift), end)
     ticks = (shift / info.time_base).numerator
-    verify_output(partial, [frame.pts + ticks for frame in frames], info.time_base)
+    verify_output(partial, [frame.pts + ticks for frame in frames], end + ticks, info.time_base)
     publish(partial, destination, overwrite=False)
     for piece in pieces:
         piece.path.unlink()
     return Copied([*reader.notices, *encoding.notices, *notices], [frame.pts for frame in frames])
+
+
+def copy_streams(source: Path, target: Path, window: Window = WHOLE, **settings: bool) -> StreamCopier:
+    """The picture as it is, and beside it what `StreamCopier` brings along."""
+    format_name = target_of(target).format_name
+    options = {} if format_name in ("mp4", "mov") else {"avoid_negative_ts": "disabled"}
+    with (
+        av.open(str(source)) as container,
+        av.open(str(target), "w", format=format_name, container_options=options) as out,
+    ):
+        picture = main_video(container, source)
+        video = out.add_stream_from_template(picture, opaque=True)
+        copier = StreamCopier(source, out, video, window=window, **settings)
+        for packet in container.demux(picture):
+            if packet.size and window.place(packet, clip=False):
+                packet.stream = video
+                copier.copy_until(packet.dts * packet.time_base if packet.dts is not None else Fraction(0))
+                out.mux(packet)
+        copier.finish()
+    copier.close()
+    return copier
+
+
+def copy_beside(
+    source: Path,
+    target: Path,
+    options: dict[str, str] | None = None,
+    *,
+    rate: Fraction = Fraction(25),
+    window: Window = WHOLE,
+) -> StreamCopier:
+    """All that `source` has beside its picture, beside one black picture. The copier that is returned is closed."""
+    with av.open(str(target), "w", container_options=options or {}, metadata_errors="surrogateescape") as out:
+        video = out.add_stream("libvpx-vp9" if target.suffix == ".webm" else "libx264", rate=rate)
+        video.width, video.height, video.pix_fmt = 64, 48, "yuv420p"
+        copier = StreamCopier(source, out, video, window=window)
+        out.mux(video.encode(av.VideoFrame(64, 48, "yuv420p")))
+        out.mux(video.encode(None))
+        copier.finish()
+    copier.close()
+    return copier
 
 
 def _enlarged(frame: Frame, scale: int) -> Frame:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -162,3 +163,66 @@ def test_other_commands_stop_at_once(run: Run, monkeypatch: pytest.MonkeyPatch) 
         monkeypatch.setattr("duovsr.engine.doctor.examine", lambda number=number: os.kill(os.getpid(), number))
         assert run("doctor") == code
         assert run.err.startswith("error: ")
+
+
+@pytest.fixture
+def stalling() -> Iterator[Callable[..., subprocess.Popen[bytes]]]:
+    """Starts a run whose pipes are the test's; whatever becomes of the test, the run ends with it."""
+    started: list[subprocess.Popen[bytes]] = []
+
+    def run(*arguments: object) -> subprocess.Popen[bytes]:
+        command = [*DUOVSR, "upscale", *map(str, arguments), "--scale", "1", "--device", "cpu"]
+        pipe = subprocess.PIPE
+        started.append(subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL))
+        return started[-1]
+
+    yield run
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def wait_for(condition: Callable[[], object], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it takes too long"
+        time.sleep(0.02)
+
+
+def leave(process: subprocess.Popen[bytes]) -> int:
+    """Asked once it waits for the pipe, asked twice for nothing."""
+    process.send_signal(signal.SIGINT)
+    time.sleep(2)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    return process.wait(timeout=5)
+
+
+def test_a_source_that_stalls_can_be_left(tmp_path: Path, stalling: Callable[..., subprocess.Popen[bytes]]) -> None:
+    """No piece is ever finished, and the thread that reads cannot be waited for."""
+    clip = Clip(codec="rawvideo", pix_fmt="yuv420p", pts=range(40), time_base=Fraction(1, 25), size=(160, 120))
+    source = write_clip(tmp_path / "in.y4m", clip, "yuv4mpegpipe")
+    target = tmp_path / "out.mkv"
+    process = stalling("-", target)
+    assert process.stdin is not None
+    process.stdin.write(source.read_bytes()[:-1000])
+    process.stdin.flush()
+    wait_for(lambda: target.with_name("out.mkv.duovsr").exists() or process.poll() is not None)
+    assert leave(process) == 130
+    assert not target.exists()
+
+
+def test_a_target_that_stalls_can_be_left(tmp_path: Path, stalling: Callable[..., subprocess.Popen[bytes]]) -> None:
+    """Nobody reads, a frame is far more than a pipe holds, and the thread that writes it cannot be waited for."""
+    source = write_clip(tmp_path / "in.mp4", Clip(pts=range(0, 512 * 200, 512), size=(480, 360)))
+    process = stalling(source, "-")
+    output, received = process.stdout, bytearray()
+    assert output is not None
+    os.set_blocking(output.fileno(), False)
+
+    def has_begun() -> bool:
+        received.extend(output.read(1000) or b"")
+        return len(received) > 1000 or process.poll() is not None  # more than the header, which comes first
+
+    wait_for(has_begun)
+    assert leave(process) == 130

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from duovsr import UpscaleOptions, Upscaler
-from duovsr.errors import UsageError
+from duovsr.errors import DuovsrError, UsageError
 from duovsr.options import Position
 from duovsr.video.output import PICTURES
 from duovsr.video.pictures import FORMATS
@@ -84,6 +84,34 @@ def test_a_folder_of_images_is_a_clip_and_a_pattern_takes_one(small_upscaler: Up
         small_upscaler.upscale_file(tmp_path / "in", pattern, UpscaleOptions(scale=2))
 
 
+def test_a_shorter_sequence_replaces_a_longer_one(
+    small_upscaler: Upscaler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Old images beyond the new ones go, and only once these are there; other files stay."""
+    write_images(tmp_path / "long", 6)
+    write_images(tmp_path / "short", 3)
+    out, options = tmp_path / "out", UpscaleOptions(scale=2, overwrite=True)
+    out.mkdir()
+    small_upscaler.upscale_file(tmp_path / "long", out / "f_%03d.png", UpscaleOptions(scale=2))
+    others = ["f_0001.png", "f_004.jpg", "f_004.png.txt", "f_05.png", "f_1000.png.bak", "g_004.png"]
+    for name in ("f_000.png", *others):
+        (out / name).write_bytes(b"other")
+    everything = sorted(os.listdir(out))
+
+    def fail(*_: object) -> None:
+        raise OSError
+
+    with monkeypatch.context() as patch:
+        patch.setattr("duovsr.video.pictures.fsync_folder", fail)
+        with pytest.raises(DuovsrError):
+            small_upscaler.upscale_file(tmp_path / "short", out / "f_%03d.png", options)
+    assert sorted(set(os.listdir(out)) - {"f_%03d.png.duovsr"}) == everything
+    report = small_upscaler.upscale_file(tmp_path / "short", out / "f_%03d.png", options)
+    assert report.notices == (f"4 images of another clip were removed: `{out / 'f_%03d.png'}`",)
+    assert report.warnings == ()
+    assert sorted(os.listdir(out)) == sorted([*others, "f_001.png", "f_002.png", "f_003.png"])
+
+
 def test_transparency_is_scaled_beside_the_picture(small_upscaler: Upscaler, tmp_path: Path) -> None:
     pixels = np.dstack([picture(3, (32, 24)), np.tile(np.linspace(0, 255, 32, dtype=np.uint8), (24, 1))])
     Image.fromarray(pixels, "RGBA").save(tmp_path / "in.png")
@@ -106,6 +134,23 @@ def test_a_clip_is_no_image(small_upscaler: Upscaler, tmp_path: Path) -> None:
         small_upscaler.upscale_file(source, tmp_path / "out.png")
     assert "%05d" in str(caught.value.hint)
     assert os.listdir(tmp_path) == ["in.mp4"]
+
+
+@pytest.mark.parametrize(
+    ("start", "end", "frame"), [("3f", "4f", 3), ("0.12", "0.16", 3), ("0.1", "0.15", 3), ("11f", "99f", None)]
+)
+def test_a_piece_of_one_frame_is_an_image(
+    small_upscaler: Upscaler, tmp_path: Path, start: str, end: str, frame: int | None
+) -> None:
+    source, target = write_clip(tmp_path / "in.mp4"), tmp_path / "out.png"
+    options = UpscaleOptions(scale=2, start=Position.parse(start), end=Position.parse(end))
+    if frame is None:
+        with pytest.raises(UsageError, match="a clip does not fit one image"):
+            small_upscaler.upscale_file(source, target, options)
+        return
+    small_upscaler.upscale_file(source, target, options)
+    (found,) = frames_of(target)
+    assert (found == restored(small_upscaler, [frames_of(source)[frame]])[0]).all()
 
 
 @pytest.mark.parametrize("codec", [None, "ffv1"])

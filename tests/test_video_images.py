@@ -14,7 +14,7 @@ from clips import Clip, picture, write_clip
 from PIL import Image
 
 from duovsr.errors import InputError, UsageError
-from duovsr.options import Position
+from duovsr.options import PIPE, Position
 from duovsr.video.images import image_files, is_sequence, kind_of
 from duovsr.video.info import probe
 from duovsr.video.reader import Frame, VideoReader
@@ -235,7 +235,7 @@ def test_kinds_of_paths(tmp_path: Path) -> None:
     folder = tmp_path / "frames"
     for path in (folder, folder / "1.png", folder / "%d.png", folder / "%05d.jpg", Path("out.PNG"), Path("x/%d.tiff")):
         assert kind_of(path) == "images"
-    for path in (tmp_path, tmp_path / "none", Path("-"), Path("in.mp4"), Path("in.gif"), Path("%d.mp4")):
+    for path in (tmp_path, tmp_path / "none", PIPE, Path("in.mp4"), Path("in.gif"), Path("%d.mp4")):
         assert kind_of(path) == "video"
     assert [is_sequence(path) for path in (folder, folder / "1.png", folder / "%d.png", folder / "x%d.png")] == [
         True,

@@ -10,12 +10,13 @@ from typing import Any
 import av
 import pytest
 
+from duovsr.options import Position
 from duovsr.video.reader import VideoReader
-from duovsr.video.remux import StreamCopier, Window
+from duovsr.video.remux import Window
 from duovsr.video.timeline import LOOK_AHEAD, Timeline
 from duovsr.video.window import JoinedTime
 from tests.clips import Clip, start_time, translucent, video_times, write_clip
-from tests.pieces import copy_clip
+from tests.pieces import copy_beside, copy_clip
 
 TS = Fraction(1, 90000)
 
@@ -122,18 +123,6 @@ def sound_times(path: Path) -> list[Fraction]:
         return [packet.pts * packet.time_base for packet in container.demux(audio=0) if packet.size]
 
 
-def copied_sound(source: Path, target: Path, window: Window) -> StreamCopier:
-    with av.open(str(target), "w") as out:
-        video = out.add_stream("libvpx-vp9" if target.suffix == ".webm" else "libx264", rate=25)
-        video.width, video.height, video.pix_fmt = 64, 48, "yuv420p"
-        copier = StreamCopier(source, out, video, window=window)
-        out.mux(video.encode(av.VideoFrame(64, 48, "yuv420p")))
-        out.mux(video.encode(None))
-        copier.finish()
-    copier.close()
-    return copier
-
-
 @pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".webm"])
 def test_sound_of_joined_parts_moves_with_the_picture(tmp_path: Path, suffix: str) -> None:
     clip = Clip(pts=range(0, 100 * 3600, 3600), time_base=TS, pix_fmt="yuv420p", audio=["mp2"])
@@ -143,7 +132,7 @@ def test_sound_of_joined_parts_moves_with_the_picture(tmp_path: Path, suffix: st
         assert len(list(reader)) == 300
     assert reader.moves == (4, 8)
     target = tmp_path / f"out{suffix}"
-    copier = copied_sound(joined, target, Window(moves=reader.moves))
+    copier = copy_beside(joined, target, window=Window(moves=reader.moves))
     expected = [time + move for move in (0, 4, 8) for time in sound_times(part)]
     if suffix == ".webm":  # converted, packet by packet of another length
         assert len(copier.notices) == 1
@@ -152,7 +141,7 @@ def test_sound_of_joined_parts_moves_with_the_picture(tmp_path: Path, suffix: st
     assert copier.notices == []
     assert all(abs(a - b) <= Fraction(1, 1000) for a, b in zip(sound_times(target), expected, strict=True))
     cut = Window(Fraction(5), Fraction(9), Fraction(-5), reader.moves)
-    copied_sound(joined, tmp_path / "cut.mkv", cut)
+    copy_beside(joined, tmp_path / "cut.mkv", window=cut)
     inside = [time - 5 for time in expected if 5 <= time < 9]
     found = sound_times(tmp_path / "cut.mkv")
     assert all(abs(a - b) <= Fraction(1, 1000) for a, b in zip(found, inside, strict=True))
@@ -163,11 +152,65 @@ def test_sound_that_outlives_its_part_is_cut_and_said(tmp_path: Path) -> None:
     part, joined = write_clip(tmp_path / "part.ts", clip), tmp_path / "joined.ts"
     joined.write_bytes(2 * part.read_bytes())
     window = Window(moves=(Fraction(4, 5),))
-    notice = copied_sound(joined, tmp_path / "out.mkv", window).notices[0]
+    notice = copy_beside(joined, tmp_path / "out.mkv", window=window).notices[0]
     assert notice.endswith("not copied: their times go back, as around damage or where parts overlap")
     times = sound_times(part)
     overlapping = sum(time + Fraction(4, 5) <= times[-1] for time in times)
     assert notice.startswith(f"{overlapping} packets of sound")
+
+
+@pytest.mark.parametrize("until_the_end", [1, 2, 5, 40])
+@pytest.mark.parametrize("reordering", ["0", "3"])
+def test_a_piece_before_the_next_part_has_no_sound_of_it(tmp_path: Path, until_the_end: int, reordering: str) -> None:
+    """Time starts again a few frames after the piece: the reader may not see it."""
+    options = {"bf": reordering}
+    clip = Clip(pts=range(0, 100 * 3600, 3600), time_base=TS, pix_fmt="yuv420p", audio=["mp2"], options=options)
+    part, joined = write_clip(tmp_path / "part.ts", clip), tmp_path / "joined.ts"
+    joined.write_bytes(2 * part.read_bytes())
+    with VideoReader(joined, start=Position(frame=10), end=Position(frame=100 - until_the_end)) as reader:
+        assert len(list(reader)) == 90 - until_the_end
+    start, end = reader.window
+    assert start is not None and end is not None
+    copier = copy_beside(joined, tmp_path / "out.mkv", window=Window(start, end, -start, reader.moves))
+    assert copier.notices == []
+    inside = [time - start for time in sound_times(part) if start <= time < end]
+    found = sound_times(tmp_path / "out.mkv")
+    assert all(abs(a - b) <= Fraction(1, 1000) for a, b in zip(found, inside, strict=True))
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
+@pytest.mark.parametrize("ahead", [16, 256])
+def test_sound_with_a_wrong_time_keeps_out_no_other(tmp_path: Path, suffix: str, ahead: int) -> None:
+    clip = Clip(pts=range(0, 100 * 3600, 3600), time_base=TS, pix_fmt="yuv420p", audio=["mp2"])
+    source = write_clip(tmp_path / "in.ts", clip)
+    before = sound_times(source)
+    data = bytearray(source.read_bytes())
+    at = -1
+    for _ in range(4):
+        at = data.index(b"\0\0\1\xc0", at + 1)
+    pts = int.from_bytes(data[at + 9 : at + 14], "big")
+    data[at + 9 : at + 14] = (pts ^ (ahead << (16 + 1))).to_bytes(5, "big")  # a bit of the middle 15: 32768 ticks
+    source.write_bytes(data)
+    assert max(sound_times(source)) > max(before)
+    target = tmp_path / f"out{suffix}"
+    assert copy_beside(source, target, window=Window()).notices == []
+    found = sound_times(target)
+    assert all(abs(a - b) <= Fraction(1, 1000) for a, b in zip(found, before, strict=True))
+
+
+def test_a_hole_in_the_sound_stays(tmp_path: Path) -> None:
+    clip = Clip(pts=range(0, 200 * 3600, 3600), time_base=TS, pix_fmt="yuv420p", audio=["mp2"])
+    source = write_clip(tmp_path / "clip.mkv", clip)
+    with av.open(str(source)) as container, av.open(str(tmp_path / "in.mkv"), "w") as out:
+        copies = [out.add_stream_from_template(stream, opaque=True) for stream in container.streams]
+        for packet in container.demux():
+            hole = packet.stream.type == "audio" and packet.pts is not None and 1000 <= packet.pts < 3000
+            if packet.size and not hole:
+                packet.stream = copies[packet.stream_index]
+                out.mux(packet)
+    assert len(sound_times(source)) - len(sound_times(tmp_path / "in.mkv")) == 83
+    assert copy_beside(tmp_path / "in.mkv", tmp_path / "out.mkv", window=Window()).notices == []
+    assert sound_times(tmp_path / "out.mkv") == sound_times(tmp_path / "in.mkv")
 
 
 def test_subtitles_move_with_the_packets_around_them(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ import pytest
 from clips import Clip, picture, video_times, write_clip
 
 from duovsr.errors import InputError, UsageError
-from duovsr.options import Position
+from duovsr.options import PIPE, Position
 from duovsr.video.info import probe
 from duovsr.video.reader import VideoReader
 from duovsr.video.timeline import Timeline
@@ -165,8 +165,8 @@ def y4m_of(count: int, rate: Fraction) -> bytes:
 
 def test_y4m_is_read_from_a_pipe(monkeypatch: pytest.MonkeyPatch) -> None:
     pipe_of(y4m_of(30, Fraction(30000, 1001)), monkeypatch)
-    with VideoReader(Path("-")) as reader:
-        assert (reader.info.path, reader.info.frame_rate) == (Path("-"), Fraction(30000, 1001))
+    with VideoReader(PIPE) as reader:
+        assert (reader.info.path, reader.info.frame_rate) == (PIPE, Fraction(30000, 1001))
         frames = list(reader)
     assert [frame.pts * frame.time_base for frame in frames] == [Fraction(1001 * n, 30000) for n in range(30)]
     assert np.abs(frames[0].pixels.astype(int) - picture(0, (64, 48))).mean() < 3
@@ -176,7 +176,7 @@ def test_y4m_is_read_from_a_pipe(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_nut_with_irregular_times_is_read_from_a_pipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = write_clip(tmp_path / "in.nut", Clip(pts=IRREGULAR, codec="ffv1", pix_fmt="bgr0", audio=["flac"]))
     pipe_of(source.read_bytes(), monkeypatch)
-    with VideoReader(Path("-"), start=Position(frame=1)) as reader:
+    with VideoReader(PIPE, start=Position(frame=1)) as reader:
         frames = list(reader)
     assert [frame.pts * frame.time_base for frame in frames] == [Fraction(pts, 12800) for pts in IRREGULAR[1:]]
     assert (frames[3].pixels == picture(4, (64, 48))).all()
@@ -195,13 +195,13 @@ def test_a_piped_process_reads_its_whole_input() -> None:
 def test_what_is_no_video_in_a_pipe_is_refused(data: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     pipe_of(data, monkeypatch)
     with pytest.raises(InputError, match="not a video, or damaged beyond reading: `-`"):
-        VideoReader(Path("-"))
+        VideoReader(PIPE)
 
 
 def test_a_terminal_is_no_pipe(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdin", SimpleNamespace(isatty=lambda: True))
     with pytest.raises(UsageError, match="`-` reads a video from a pipe"):
-        probe(Path("-"))
+        probe(PIPE)
 
 
 @pytest.mark.parametrize(

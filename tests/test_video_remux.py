@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 
@@ -10,13 +9,10 @@ import av
 import numpy as np
 import pytest
 
-from duovsr.video import remux
-from duovsr.video.info import main_video
-from duovsr.video.output import target_of
+from duovsr.video import window as video_window
 from duovsr.video.remux import StreamCopier, Window
-from duovsr.video.window import WHOLE
-from tests.clips import Clip, packet_hashes, start_time, write_clip
-from tests.pieces import copy_clip
+from tests.clips import Clip, edited, packet_hashes, start_time, write_clip
+from tests.pieces import copy_beside, copy_clip, copy_streams
 
 RICH = Clip(
     pts=range(0, 40 * 512, 512),
@@ -26,57 +22,6 @@ RICH = Clip(
     chapters=[(0, 800, "One"), (800, 1600, "Two")],
 )
 MS = Fraction(1, 1000)
-
-
-def copy_streams(source: Path, target: Path, window: Window = WHOLE, **settings: bool) -> StreamCopier:
-    """The picture as it is, and beside it what `StreamCopier` brings along."""
-    format_name = target_of(target).format_name
-    options = {} if format_name in ("mp4", "mov") else {"avoid_negative_ts": "disabled"}
-    with (
-        av.open(str(source)) as container,
-        av.open(str(target), "w", format=format_name, container_options=options) as out,
-    ):
-        picture = main_video(container, source)
-        video = out.add_stream_from_template(picture, opaque=True)
-        copier = StreamCopier(source, out, video, window=window, **settings)
-        for packet in container.demux(picture):
-            if packet.size and window.place(packet, clip=False):
-                packet.stream = video
-                copier.copy_until(packet.dts * packet.time_base if packet.dts is not None else Fraction(0))
-                out.mux(packet)
-        copier.finish()
-    copier.close()
-    return copier
-
-
-def copy_without_picture(source: Path, target: Path) -> StreamCopier:
-    """`copy_streams` with a picture of its own, which any container takes."""
-    with av.open(str(target), "w", metadata_errors="surrogateescape") as out:
-        encoder = "libvpx-vp9" if target.suffix == ".webm" else "libx264"
-        video = out.add_stream(encoder, rate=25)
-        video.width, video.height, video.pix_fmt = 64, 48, "yuv420p"
-        copier = StreamCopier(source, out, video)
-        out.mux(video.encode(av.VideoFrame(64, 48, "yuv420p")))
-        out.mux(video.encode(None))
-        copier.finish()
-    copier.close()
-    return copier
-
-
-def edited(
-    source: Path, path: Path, edit: Callable[[av.container.OutputContainer, dict[int, av.stream.Stream]], object]
-) -> Path:
-    """A copy of `source`, its streams changed by `edit` before anything is written."""
-    with av.open(str(source)) as container, av.open(str(path), "w") as out:
-        copies = {stream.index: out.add_stream_from_template(stream, opaque=True) for stream in container.streams}
-        for stream in container.streams:
-            copies[stream.index].metadata.update(stream.metadata)
-        edit(out, copies)
-        for packet in container.demux():
-            if packet.size:
-                packet.stream = copies[packet.stream_index]
-                out.mux(packet)
-    return path
 
 
 def titles(path: Path) -> list[tuple[Fraction, Fraction, str]]:
@@ -224,7 +169,7 @@ def test_a_move_is_exact_to_half_a_tick(time_base: Fraction) -> None:
 
 def test_reading_stops_after_the_end_of_the_window(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = write_clip(tmp_path / "in.mkv", Clip(pts=range(0, 500 * 512, 512), audio=["aac"]))
-    monkeypatch.setattr(remux, "_INTERLEAVING", 1)
+    monkeypatch.setattr(video_window, "_INTERLEAVING", 1)
     with av.open(str(tmp_path / "out.mkv"), "w") as out, av.open(str(source)) as container:
         video = out.add_stream_from_template(container.streams.video[0], opaque=True)
         copier = StreamCopier(source, out, video, window=Window(end=Fraction(2)))
@@ -298,8 +243,10 @@ def timecodes(path: Path) -> list[str]:
         ("01:02:03:04", Fraction(25), True),
         ("23:59:59:23", Fraction(24000, 1001), True),
         ("01:02:03;04", Fraction(30000, 1001), True),
+        ("01:02:03;04", Fraction(359640, 12001), True),  # as an average comes out
         ("01:02:03;04", Fraction(25), False),
         ("01:02:03:25", Fraction(25), False),
+        ("01:02:03:04", Fraction(300), False),
         ("gone", Fraction(25), False),
     ],
 )
@@ -308,23 +255,28 @@ def test_timecode_track(tmp_path: Path, suffix: str, timecode: str, rate: Fracti
         write_clip(tmp_path / "in.mkv", Clip(stream_metadata={"timecode": timecode})),
         tmp_path / f"o{suffix}",
     )
-    with av.open(str(target), "w") as out:
-        video = out.add_stream("libx264", rate=rate)
-        copier = StreamCopier(source, out, video)
-        out.mux(video.encode(av.VideoFrame(640, 480, "yuv420p")))
-        out.mux(video.encode(None))
-        copier.finish()
-    copier.close()
+    copier = copy_beside(source, target, rate=rate)
     assert timecodes(target) == ([timecode] if kept else [])
     notice = f"the timecode is not kept: `{timecode}` does not go with {rate} frames a second"
     assert copier.notices == ([] if kept else [notice])
 
 
-def test_timecode_that_cannot_be_kept_is_said(tmp_path: Path) -> None:
-    """A stream that was not made by an encoder has no rate: PyAV cannot set it."""
-    clip = Clip(stream_metadata={"timecode": "01:02:03:04"}, options={"g": "1", "bf": "0"})
-    source = write_clip(tmp_path / "in.mov", clip)
+def test_a_timecode_goes_from_file_to_file(tmp_path: Path) -> None:
+    source = write_clip(tmp_path / "in.mov", Clip(stream_metadata={"timecode": "01:02:03:04"}))
     assert timecodes(source) == ["01:02:03:04"]
+    for suffix in (".mov", ".mp4"):
+        assert copy_clip(source, tmp_path / f"once{suffix}").notices == []
+        assert copy_clip(tmp_path / f"once{suffix}", tmp_path / f"twice{suffix}").notices == []
+        assert timecodes(tmp_path / f"once{suffix}") == timecodes(tmp_path / f"twice{suffix}") == ["01:02:03:04"]
+    assert copy_clip(source, tmp_path / "once.mkv").notices == []
+    assert copy_clip(tmp_path / "once.mkv", tmp_path / "back.mov").notices == []
+    assert timecodes(tmp_path / "back.mov") == ["01:02:03:04"]
+
+
+def test_a_timecode_that_cannot_be_kept_is_said(tmp_path: Path) -> None:
+    """A stream of unknown rate has no timecode in mp4 and mov, and a piece begins at another one."""
+    clip = Clip(codec="prores_ks", pix_fmt="yuv422p10le", stream_metadata={"timecode": "01:02:03:04"})
+    source = write_clip(tmp_path / "in.mov", clip)
     assert copy_streams(source, tmp_path / "out.mov").notices == [
         "the timecode is not kept: `01:02:03:04` does not go with an unknown frame rate"
     ]
@@ -344,4 +296,4 @@ def test_damaged_packets_do_not_stop_the_copy(tmp_path: Path) -> None:
         data[position] ^= 255
     (tmp_path / "broken.mkv").write_bytes(bytes(data))
     for suffix in (".mkv", ".mp4", ".webm"):
-        copy_without_picture(tmp_path / "broken.mkv", tmp_path / f"out{suffix}")
+        copy_beside(tmp_path / "broken.mkv", tmp_path / f"out{suffix}")

@@ -13,7 +13,7 @@ import pytest
 from duovsr.errors import UsageError
 from duovsr.video.info import probe
 from duovsr.video.reader import VideoReader
-from tests.clips import Clip, packet_hashes, picture, start_time, video_times, write_clip
+from tests.clips import Clip, edited, packet_hashes, picture, start_time, video_times, write_clip
 from tests.pieces import copy_clip
 
 IRREGULAR = (0, 512, 1024, 2560, 2816, 3072, 7168, 7680, 12800, 13000, 13500, 14000)
@@ -206,3 +206,20 @@ def test_pictures_are_freed_at_once(tmp_path: Path) -> None:
         assert gc.collect() < 300  # pieces open more containers than pictures would
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".mov"])
+def test_the_frame_rate_is_told(tmp_path: Path, suffix: str) -> None:
+    """Of H.264 in Matroska, FFmpeg would take the rate of the clock that its header has."""
+    source = write_clip(tmp_path / "in.mp4", Clip(pts=range(0, 50 * 512, 512)))
+    copy_clip(source, tmp_path / f"out{suffix}")
+    with av.open(str(tmp_path / f"out{suffix}")) as container:
+        assert container.streams.video[0].average_rate == 25
+
+
+def test_the_rate_of_a_clock_is_none_of_frames(tmp_path: Path) -> None:
+    source = write_clip(tmp_path / "clip.mp4", Clip(pts=range(0, 50 * 512, 512)))
+    path = edited(source, tmp_path / "in.mkv", lambda out, copies: setattr(copies[0].codec_context, "framerate", 12800))
+    with av.open(str(path)) as container:
+        assert container.streams.video[0].average_rate == 12800
+    assert (probe(path).frame_rate, probe(path).num_frames) == (25, 50)

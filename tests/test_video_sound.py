@@ -11,8 +11,7 @@ import pytest
 
 from duovsr.video.remux import Window
 from tests.clips import click_times, start_time, write_clicks
-from tests.pieces import copy_clip
-from tests.test_video_remux import copy_streams, copy_without_picture
+from tests.pieces import copy_beside, copy_clip, copy_streams
 
 
 @pytest.mark.parametrize(
@@ -60,7 +59,7 @@ def test_sound_that_the_container_does_not_hold_is_converted_in_time(
 def test_all_channels_are_converted(tmp_path: Path, codec: str, suffix: str, layout: str) -> None:
     layout = "5.1" if codec == "libopus" and "(" in layout else layout
     source = write_clicks(tmp_path / "in.mkv", codec, rate=48000, layout=layout)
-    copy_without_picture(source, tmp_path / f"out{suffix}")
+    copy_beside(source, tmp_path / f"out{suffix}")
     with av.open(str(source)) as before, av.open(str(tmp_path / f"out{suffix}")) as after:
         channels = before.streams.audio[0].codec_context.layout.nb_channels
         assert after.streams.audio[0].codec_context.layout.nb_channels == channels
@@ -82,7 +81,7 @@ def hollow(source: Path, path: Path, first: Fraction, last: Fraction) -> Path:
 def test_converted_sound_keeps_its_place_after_a_hole(tmp_path: Path) -> None:
     whole = write_clicks(tmp_path / "whole.mkv", "pcm_s16le")
     source = hollow(whole, tmp_path / "in.mkv", Fraction(7, 10), Fraction(23, 10))
-    copy_without_picture(source, tmp_path / "out.webm")
+    copy_beside(source, tmp_path / "out.webm")
     assert np.abs(np.subtract(click_times(tmp_path / "out.webm"), [0.5025, 2.5025, 3.5025])).max() <= 0.001
     with av.open(str(tmp_path / "out.webm")) as container:
         seconds = sum(frame.samples for frame in container.decode(audio=0)) / 48000
@@ -104,7 +103,7 @@ def test_damaged_sound_is_counted_and_the_rest_stays_in_place(tmp_path: Path) ->
             damaged.pts, damaged.dts, damaged.time_base = packet.pts, packet.dts, packet.time_base
             damaged.is_keyframe, damaged.stream = packet.is_keyframe, copies[packet.stream_index]
             out.mux(damaged)
-    copier = copy_without_picture(source, tmp_path / "out.webm")
+    copier = copy_beside(source, tmp_path / "out.webm")
     assert any("damaged packets of sound or subtitles were not copied" in notice for notice in copier.notices)
     heard = click_times(tmp_path / "out.webm")
     assert len(heard) >= 2

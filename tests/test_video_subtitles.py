@@ -12,8 +12,7 @@ import pytest
 from duovsr.errors import Remark
 from duovsr.video.remux import Window
 from tests.clips import Clip, packet_hashes, write_clip
-from tests.pieces import copy_clip
-from tests.test_video_remux import copy_streams, copy_without_picture
+from tests.pieces import copy_beside, copy_clip, copy_streams
 
 MS = Fraction(1, 1000)
 SRT = """1
@@ -113,7 +112,7 @@ def test_text_becomes_what_the_container_holds(tmp_path: Path, script: str, suff
         said.append(f"{stream} is no longer marked `forced`: mov does not hold it")
     if suffix != ".webm":
         said.append(f"subtitles are on by default: {held} needs it")
-    notices = copy_without_picture(source, target).notices
+    notices = copy_beside(source, target).notices
     assert notices == said
     assert all(isinstance(notice, Remark) == ("forced" not in notice) for notice in notices)
     assert_shown(target, SPOKEN)
@@ -132,7 +131,7 @@ def test_text_of_mp4(tmp_path: Path, suffix: str) -> None:
     said = [f"subtitle stream #1 (mov_text) is converted to {becomes}: {held} does not hold it"] if becomes else []
     if suffix == ".mov":
         said.append("subtitle stream #1 (mov_text) is no longer marked `forced`: mov does not hold it")
-    assert copy_without_picture(tmp_path / "in.mp4", target).notices == said
+    assert copy_beside(tmp_path / "in.mp4", target).notices == said
     assert_shown(target, SPOKEN)
 
 
@@ -190,7 +189,7 @@ def test_subtitles_that_are_pictures_stay_in_mkv(tmp_path: Path, suffix: str) ->
     source = with_pictures_for_subtitles(tmp_path)
     assert copy_clip(source, tmp_path / "out.mkv").notices == []
     assert packet_hashes(tmp_path / "out.mkv", "subtitles") == packet_hashes(source, "subtitles")
-    assert copy_without_picture(source, tmp_path / f"out{suffix}").notices == [
+    assert copy_beside(source, tmp_path / f"out{suffix}").notices == [
         f"subtitle stream #1 (hdmv_pgs_subtitle) is not kept: {suffix[1:]} does not hold it"
     ]
     with av.open(str(tmp_path / f"out{suffix}")) as container:

@@ -9,9 +9,8 @@ import pytest
 from av.stream import Disposition
 
 from duovsr.errors import Remark
-from duovsr.video.remux import StreamCopier
-from tests.clips import Clip, write_clip
-from tests.test_video_remux import edited
+from tests.clips import Clip, edited, write_clip
+from tests.pieces import copy_beside
 
 APPLE = {
     "com.apple.quicktime.make": "Apple",
@@ -24,16 +23,9 @@ APPLE = {
 
 def copied(source: Path, target: Path, options: dict[str, str] | None = None) -> tuple[dict[str, str], list[str]]:
     """The metadata of a file with all that `source` has beside its picture, and what was said."""
-    with av.open(str(target), "w", container_options=options or {}, metadata_errors="surrogateescape") as out:
-        video = out.add_stream("libvpx-vp9" if target.suffix == ".webm" else "libx264", rate=25)
-        video.width, video.height, video.pix_fmt = 64, 48, "yuv420p"
-        copier = StreamCopier(source, out, video)
-        out.mux(video.encode(av.VideoFrame(64, 48, "yuv420p")))
-        out.mux(video.encode(None))
-        copier.finish()
-    copier.close()
+    notices = copy_beside(source, target, options).notices
     with av.open(str(target)) as container:
-        return {key.lower(): value for key, value in container.metadata.items()}, copier.notices
+        return {key.lower(): value for key, value in container.metadata.items()}, notices
 
 
 def test_keys_that_the_container_does_not_hold_are_said(tmp_path: Path) -> None:
@@ -48,6 +40,71 @@ def test_keys_that_the_container_does_not_hold_are_said(tmp_path: Path) -> None:
         kept, notices = copied(source, tmp_path / f"out{suffix}")
         assert (kept["foo"], kept["date_recorded"]) == ("bar", "2020")
         assert notices == []
+
+
+def tagged(source: Path, path: Path, *tags: dict[str, str]) -> Path:
+    """A copy of `source` whose streams have such tags."""
+
+    def put(out: object, copies: dict[int, av.stream.Stream]) -> None:
+        for copy, metadata in zip(copies.values(), tags, strict=False):
+            copy.metadata.update(metadata)
+
+    return edited(source, path, put)
+
+
+def tags_of_streams(path: Path) -> list[dict[str, str]]:
+    with av.open(str(path)) as container:
+        return [{key.lower(): value for key, value in stream.metadata.items()} for stream in container.streams]
+
+
+def test_tags_of_streams_are_kept_or_said(tmp_path: Path) -> None:
+    statistics = {"BPS-eng": "128000", "NUMBER_OF_FRAMES": "48", "_STATISTICS_TAGS": "BPS"}
+    tags = (
+        {"title": "The picture", "language": "jpn", "handler_name": "A handler", "SOURCE_ID": "001011"},
+        {"title": "Commentary", "language": "deu", "FOO": "bar", "SOURCE_ID": "001100", **statistics},
+        {"title": "Quenya", "language": "qya"},
+    )
+    source = tagged(write_clip(tmp_path / "clip.mkv", Clip(audio=["aac"] * 2)), tmp_path / "in.mkv", *tags)
+    lost = "metadata of streams is not kept, {} does not hold it: FOO (#1), SOURCE_ID (#0 #1)"
+    for suffix, name, languages in ((".mp4", "mp4", ["jpn", "deu", "qya"]), (".mov", "mov", ["jpn", "ger", None])):
+        _, notices = copied(source, tmp_path / f"out{suffix}")
+        found = tags_of_streams(tmp_path / f"out{suffix}")
+        assert [stream["name"] for stream in found] == ["The picture", "Commentary", "Quenya"]
+        assert [stream.get("language") for stream in found] == languages
+        assert found[0]["handler_name"] == "A handler"
+        assert notices == [lost.format(name) + (", language (#2)" if name == "mov" else "")]
+        assert not isinstance(notices[0], Remark)
+        again = tmp_path / f"again{suffix}"
+        assert copied(tmp_path / f"out{suffix}", again)[1] == []
+        assert [stream["name"] for stream in tags_of_streams(again)] == ["The picture", "Commentary", "Quenya"]
+        back = tmp_path / "back.mkv"
+        assert copied(tmp_path / f"out{suffix}", back)[1] == []
+        assert [stream["title"] for stream in tags_of_streams(back)] == ["The picture", "Commentary", "Quenya"]
+    assert copied(source, tmp_path / "out.mkv")[1] == []
+    for found, given in zip(tags_of_streams(tmp_path / "out.mkv"), tags, strict=True):
+        kept = {key.lower(): value for key, value in given.items()}
+        assert found == found | kept
+
+
+def test_a_date_of_the_file_is_that_of_its_streams(tmp_path: Path) -> None:
+    date = {"creation_time": "2020-01-02T03:04:05.000000Z"}
+    source = write_clip(tmp_path / "in.mp4", Clip(metadata=date, audio=["aac"]))
+    assert [stream.get("creation_time") for stream in tags_of_streams(source)] == [date["creation_time"]] * 2
+    assert copied(source, tmp_path / "out.mp4")[1] == []
+    data = bytearray(source.read_bytes())
+    date_of_file = data.index(b"mvhd") + 8
+    data[date_of_file : date_of_file + 4] = bytes(4)
+    source.write_bytes(data)
+    assert copied(source, tmp_path / "undated.mp4")[1] == [
+        "metadata of streams is not kept, mp4 does not hold it: creation_time (#0 #1)"
+    ]
+
+
+def test_marks_of_the_sources_picture_do_not_stay(tmp_path: Path) -> None:
+    clip = write_clip(tmp_path / "clip.mkv")
+    source = tagged(clip, tmp_path / "in.mkv", {"alpha_mode": "1", "rotate": "90", "BPS": "1"})
+    assert copied(source, tmp_path / "out.mkv")[1] == []
+    assert not {"alpha_mode", "rotate", "bps"} & set(tags_of_streams(tmp_path / "out.mkv")[0])
 
 
 def test_the_muxer_is_asked_with_its_options(tmp_path: Path) -> None:

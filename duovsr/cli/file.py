@@ -15,7 +15,7 @@ import typer
 from duovsr.cli.show import file_record, print_json, say_result, show_plan
 from duovsr.cli.signals import StopRequest, resumable
 from duovsr.errors import EXIT_WARNINGS, DuovsrError, UsageError
-from duovsr.options import UpscaleOptions
+from duovsr.options import PIPE, UpscaleOptions
 from duovsr.progress import Reporter
 
 if TYPE_CHECKING:
@@ -23,26 +23,23 @@ if TYPE_CHECKING:
     from duovsr.video.info import VideoInfo
     from duovsr.video.output import Target
 
-_PIPE = Path("-")
-
 
 def upscale_file(
     source: Path, destination: Path, options: UpscaleOptions, load: Callable[[], Upscaler], dry_run: bool, as_json: bool
 ) -> None:
     """`load` is called once bad input and bad targets are refused: it takes seconds."""
-    from duovsr.engine.batch import job_folder
-    from duovsr.video.output import check_target
+    from duovsr.video.output import check_target, job_folder, may_replace
 
     _check_pipes(source, destination, dry_run, as_json)
-    target = check_target(source, destination, options.overwrite or dry_run, options.codec)
-    info = None if source == _PIPE else _look(source, target, options)
+    target = check_target(source, destination, dry_run or may_replace(destination, options), options.codec)
+    info = None if source == PIPE else _look(source, target, options)
     if dry_run:
         assert info is not None, "a dry run is of a file"
         _show_estimate(load(), info, options, as_json)
         return
-    with _closed_pipe(), resumable(lambda: source != _PIPE and job_folder(destination).exists()):
+    with _closed_pipe(), resumable(lambda: source != PIPE and job_folder(destination).exists()):
         upscaler = load()
-        with Reporter() as reporter, StopRequest(piped=_PIPE in (source, destination)) as should_stop:
+        with Reporter() as reporter, StopRequest(piped=PIPE in (source, destination)) as should_stop:
             report = upscaler.upscale_file(source, destination, options, partial(reporter, source.name), should_stop)
     say_result(destination, report)
     if as_json:
@@ -52,9 +49,9 @@ def upscale_file(
 
 
 def _check_pipes(source: Path, destination: Path, dry_run: bool, as_json: bool) -> None:
-    if source == _PIPE and dry_run:
+    if source == PIPE and dry_run:
         raise UsageError("--dry-run cannot look into a pipe", hint="give a file as SRC")
-    if destination != _PIPE or dry_run:
+    if destination != PIPE or dry_run:
         return
     if as_json:
         raise UsageError(

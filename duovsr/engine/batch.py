@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from duovsr.errors import DuovsrError, InputError, Interrupted, NoSpaceError, UsageError
-from duovsr.options import Progress, UpscaleOptions
+from duovsr.options import PIPE, Progress, UpscaleOptions
 from duovsr.video.images import IMAGE_SUFFIXES, VIDEO_SUFFIXES, is_sequence, natural_order
-from duovsr.video.output import CONTAINERS, JOB_SUFFIX, PICTURES, disk_errors
+from duovsr.video.output import CONTAINERS, JOB_SUFFIX, PICTURES, disk_errors, is_left_behind
 
 if TYPE_CHECKING:
     from duovsr.engine.files import UpscaleReport
@@ -42,8 +42,8 @@ class Item:
 
     @property
     def is_finished(self) -> bool:
-        """A target is whole if it exists: nothing stands under its name before."""
-        return self.target.is_file()
+        """A target is whole if it exists: nothing stands under its name before. What a job left beside it has to go."""
+        return os.path.isfile(self.target) and not is_left_behind(self.target)
 
 
 @dataclass(frozen=True)
@@ -54,11 +54,6 @@ class Outcome:
     status: Literal["done", "skipped", "failed", "to do"]
     report: UpscaleReport | None = None
     reason: str = ""
-
-
-def job_folder(destination: Path) -> Path:
-    """Where the unfinished work on a target lies, if there is any."""
-    return destination.with_name(destination.name + JOB_SUFFIX)
 
 
 def is_batch(source: Path, selection: Selection) -> bool:
@@ -140,7 +135,7 @@ def upscale_items(
 
 
 def _check_folders(source: Path, destination: Path) -> None:
-    is_file = os.path.lexists(destination) or destination == Path("-") or destination.suffix.lower() in _WRITTEN
+    is_file = os.path.lexists(destination) or destination == PIPE or destination.suffix.lower() in _WRITTEN
     if is_file and not destination.is_dir():
         raise UsageError(f"the target of a folder is a folder, not `{destination}`", hint="name a folder")
     if not destination.parent.is_dir():

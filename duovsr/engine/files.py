@@ -21,16 +21,17 @@ from duovsr.engine.pipeline import BackgroundSink, prefetch
 from duovsr.engine.plan import Plan
 from duovsr.errors import InputError, Interrupted, Remark, UsageError
 from duovsr.model.resize import resize_plane
-from duovsr.options import Progress, UpscaleOptions
+from duovsr.options import PIPE, Progress, UpscaleOptions
 from duovsr.video.codecs import Encoding, encoding_for
 from duovsr.video.encoder import VideoEncoder
 from duovsr.video.images import image_files, kind_of
-from duovsr.video.info import PIPE, VideoInfo
+from duovsr.video.info import VideoInfo
 from duovsr.video.mux import join_pieces, rehearse
-from duovsr.video.output import Target, check_space, check_target, publish, verify_output
-from duovsr.video.pictures import write_pictures
+from duovsr.video.output import Target, check_space, check_target, may_replace, publish
+from duovsr.video.pictures import write_picture, write_pictures
 from duovsr.video.reader import Frame, VideoReader
 from duovsr.video.remux import Window
+from duovsr.video.verify import verify_output
 
 if TYPE_CHECKING:
     from duovsr.engine.upscaler import Upscaler
@@ -106,6 +107,7 @@ def upscale_file(
     should_stop: Callable[[], bool],
 ) -> UpscaleReport:
     """See `Upscaler.upscale_file`."""
+    options = replace(options, overwrite=may_replace(destination, options))
     target = check_target(source, destination, options.overwrite, options.codec)
     began = time.monotonic()
     with VideoReader(
@@ -116,7 +118,7 @@ def upscale_file(
         frame_rate=options.frame_rate,
     ) as reader:
         info = reader.info
-        if target.kind == "image" and (info.num_frames or 1) > 1:
+        if target.kind == "image" and _frames_asked_for(info, options) > 1:
             hint = "write a pattern such as frames/%05d.png, or a video"
             raise UsageError(f"a clip does not fit one image: `{destination}`", hint=hint)
         plan = upscaler.plan(info.width, info.height, options)
@@ -131,9 +133,21 @@ def upscale_file(
                 work.plan = job.plan
                 _make_pieces(work, reader, job)
                 _put_together(work, reader, job, target)
-        notices = [*reader.notices, *encoding.notices, *work.notices]
+        notices = [*reader.notices, *encoding.notices, *work.notices, *_sound_left_out(work, target)]
     seconds = time.monotonic() - began
     return UpscaleReport(work.frames, work.reused, seconds, work.plan, tuple(dict.fromkeys(notices)), work.stages)
+
+
+def _frames_asked_for(info: VideoInfo, options: UpscaleOptions) -> int:
+    """At least, where it is known."""
+    start, end, frames = options.start, options.end, info.num_frames or 1
+    if start is None or end is None:
+        return frames
+    if start.frame is not None and end.frame is not None:
+        return min(frames, end.frame - start.frame)
+    if start.seconds is not None and end.seconds is not None:
+        return min(frames, int((end.seconds - start.seconds) / (info.step * info.time_base)))
+    return frames
 
 
 def _identity(work: _Work) -> dict[str, Any]:
@@ -145,7 +159,7 @@ def _identity(work: _Work) -> dict[str, Any]:
         "source": None if source == PIPE else fingerprint(image_files(source) or [source]),
         "model": work.upscaler.model.fingerprint(),
         "device": work.plan.device,
-        "dtype": work.plan.dtype,
+        "dtype": ", ".join(work.upscaler.precisions),
         "encoder": asdict(replace(work.encoding, notices=())),
         "options": options,
         "piece_frames": PIECE_FRAMES,
@@ -170,9 +184,9 @@ def _make_pieces(work: _Work, reader: VideoReader, job: Job) -> None:
         on_failure.callback(writer.abandon)
         times: deque[Frame] = deque()  # of frames inside the model, without their pixels
         for chunk in work.upscaler.chunks(_pixels(decoded, times), work.plan, work.options, work.stages):
-            shown = [times.popleft() for _ in range(len(chunk.frames) - chunk.warm_up)]
+            shown = [times.popleft() for _ in range(chunk.shown)]
             if job.needs(number):
-                if states is None and not chunk.fresh:
+                if states is None and chunk.continues:
                     states = job.load_states(number, work.upscaler.model.device)
                 states = _restore(work, chunk, shown, states, sink)
             else:
@@ -227,10 +241,13 @@ def _put_together(work: _Work, reader: VideoReader, job: Job, target: Target) ->
     if first < 0:  # containers cannot show it: all streams move together
         shift -= first
     partial = job.folder / "output.part"
-    if target.kind != "video":
-        if target.kind == "images":
-            job.begin_publishing()
-        write_pictures(pieces, partial, target, options.overwrite)
+    if target.kind == "images":
+        job.begin_publishing()
+        work.notices += write_pictures(pieces, partial, target.path, options.overwrite)
+        job.remove()
+        return
+    if target.kind == "image":
+        write_picture(pieces, partial, target.path)
     else:
         work.notices += join_pieces(
             pieces,
@@ -239,13 +256,17 @@ def _put_together(work: _Work, reader: VideoReader, job: Job, target: Target) ->
             info,
             work.encoding,
             Window(start, end, shift, reader.moves),
+            reader.end,
             copy_streams=info.path != PIPE and kind_of(info.path) == "video",
             audio=options.audio,
             subtitles=options.subtitles,
         )
         ticks = (shift / info.time_base).numerator
-        verify_output(partial, [pts + ticks for piece in pieces for pts in piece.pts], info.time_base)
-        publish(partial, target.path, options.overwrite)
+        shown = [pts + ticks for piece in pieces for pts in piece.pts]
+        verify_output(partial, shown, reader.end + ticks, info.time_base)
+    if info.path != PIPE:  # which cannot be read again: there is nothing to go on with
+        job.begin_publishing(partial)
+    publish(partial, target.path, options.overwrite)
     job.remove()
 
 
@@ -259,11 +280,23 @@ def _to_pipe(work: _Work, reader: VideoReader, target: Target) -> None:
     with encoder, prefetch(reader, depth) as decoded, BackgroundSink(encoder.write, depth) as sink:
         times: deque[Frame] = deque()
         for chunk in work.upscaler.chunks(_pixels(decoded, times), work.plan, work.options, work.stages):
-            shown = [times.popleft() for _ in range(len(chunk.frames) - chunk.warm_up)]
+            shown = [times.popleft() for _ in range(chunk.shown)]
             states = _restore(work, chunk, shown, states, sink)
             work.count(len(shown))
             if work.should_stop():
                 raise Interrupted(f"interrupted: {work.frames} frames of `{work.info.path}` went out")
+    if encoder.longest_move > encoder.time_base / 2:
+        work.notices.append("the times of the frames are not kept: y4m has none, `--codec ffv1` writes NUT, which has")
+
+
+def _sound_left_out(work: _Work, target: Target) -> list[str]:
+    if work.info.audio_codec is None or not work.options.audio:
+        return []
+    if target.kind == "pipe":
+        return [Remark("the sound is left out: what goes down the pipe is the picture alone")]
+    if target.kind == "video" and work.info.path == PIPE:
+        return ["the sound is not kept: it would have to be read a second time, which a pipe cannot"]
+    return []
 
 
 def _restore(work: _Work, chunk: Chunk, shown: list[Frame], states: States | None, sink: BackgroundSink[Any]) -> States:

@@ -18,6 +18,7 @@ import av
 import torch
 from filelock import FileLock, Timeout
 
+from duovsr.engine.blend import Tail
 from duovsr.engine.plan import Plan
 from duovsr.errors import UsageError
 from duovsr.model.one_step import RestoreState
@@ -25,9 +26,10 @@ from duovsr.model.tiny_vae import VAEState
 from duovsr.model.transformer import TransformerState
 from duovsr.video.encoder import VideoEncoder
 from duovsr.video.mux import Piece
-from duovsr.video.output import JOB_SUFFIX, PUBLISHING, disk_errors, fsync, fsync_folder
+from duovsr.video.output import PUBLISHING, disk_errors, fsync, fsync_folder, job_folder, stamp
 
-States = tuple[RestoreState | None, ...]  # one a tile
+TileStates = tuple[RestoreState | None, ...]  # one a tile
+States = TileStates | Tail  # what a chunk leaves to the next; of a model that does not stream, what is to be faded
 
 _STATES_KEPT = 2  # the last is for going on, the one before in case the last piece turns out to be damaged
 
@@ -55,7 +57,7 @@ class Job:
     """
 
     def __init__(self, destination: Path, identity: dict[str, Any], plan: Plan, *, restart: bool) -> None:
-        self.folder = destination.with_name(destination.name + JOB_SUFFIX)
+        self.folder = job_folder(destination)
         self.plan = plan
         self._destination = destination
         self._entries: dict[int, _Entry] = {}
@@ -105,7 +107,7 @@ class Job:
 
     def load_states(self, piece: int, device: torch.device) -> States:
         """The states that the piece starts from; only of pieces that `needs` asks for after one it does not."""
-        with torch.serialization.safe_globals([RestoreState, VAEState, TransformerState]):
+        with torch.serialization.safe_globals([RestoreState, VAEState, TransformerState, Tail]):
             states: States = torch.load(self._state_path(piece), map_location=device, weights_only=True)
         return states
 
@@ -115,7 +117,7 @@ class Job:
         if (found := _count_packets(partial)) != len(encoder.written_pts):
             raise AssertionError(f"`{partial}` has {found} packets of {len(encoder.written_pts)} frames")
         with disk_errors(path):
-            state_sha256 = None if self.plan.overlap is not None else self._save_states(piece + 1, states)
+            state_sha256 = None if self.plan.independent else self._save_states(piece + 1, states)
             fsync(partial)
             entry = _Entry(
                 piece=piece,
@@ -143,11 +145,11 @@ class Job:
             Piece(self.path(number), entry.pts, entry.reordering) for number, entry in sorted(self._entries.items())
         ]
 
-    def begin_publishing(self) -> None:
-        """From here on some of a target's images are in place: the same command may go on over them."""
+    def begin_publishing(self, verified: Path | None = None) -> None:
+        """From here on the `verified` file, or some of a target's images, may be in place: the same command may go on
+        over them."""
         with disk_errors(self.folder):
-            (self.folder / PUBLISHING).touch()
-            fsync_folder(self.folder)
+            self._replace(self.folder / PUBLISHING, "" if verified is None else stamp(verified))
 
     def remove(self) -> None:
         """The target is in place: nothing of the job is of use."""
@@ -220,8 +222,8 @@ class Job:
 
     def _has_states(self, piece: int) -> bool:
         """Whether the piece can be made without the one before it."""
-        if self.plan.overlap is not None:
-            return True  # chunks are independent
+        if self.plan.independent:
+            return True
         before, path = self._entries.get(piece - 1), self._state_path(piece)
         return before is not None and path.is_file() and _sha256(path) == before.state_sha256
 

@@ -15,6 +15,7 @@ import numpy as np
 from av.video.stream import VideoStream
 
 from duovsr.errors import UsageError
+from duovsr.options import PIPE
 from duovsr.video.codecs import Encoding
 from duovsr.video.color import RgbToFrame, output_tags
 from duovsr.video.info import VideoInfo
@@ -30,8 +31,9 @@ class VideoEncoder:
 
     A `numbered` file is a piece that `mux.join_pieces` puts together with others: it is Matroska, and its packets carry
     the number of their frame, from 0, in place of a time, for Matroska's clock is too coarse for many sources.
-    `written_pts` has the pts of every frame. Raises `UsageError` for what the encoder refuses, `NoSpaceError` from any
-    method.
+    `written_pts` has the pts of every frame. Y4M has no times: there all frames come in even steps of `time_base`, and
+    `longest_move` says how far from its own time, in seconds, one of them is. Raises `UsageError` for what the encoder
+    or the container refuses, `NoSpaceError` from any method.
     """
 
     def __init__(
@@ -47,9 +49,13 @@ class VideoEncoder:
     ) -> None:
         self.written_pts = array("q")
         self.reordering = 0  # by how many packets one may come after its place in the order of showing
-        self._path = target if isinstance(target, Path) else Path("-")
+        self._path = target if isinstance(target, Path) else PIPE
         self._source, self._size, self._encoding = source, (width, height), encoding
-        self._numbered = numbered
+        self._numbered, self._even = numbered, format_name == "yuv4mpegpipe"
+        # For rate control alone: times are the frames' own. libvpx refuses a rate that the time base cannot show.
+        self._rate = min(source.frame_rate or Fraction(25), 1 / source.time_base)
+        self.time_base = 1 / self._rate if self._even else source.time_base
+        self.longest_move = Fraction(0)
         self._numbers: dict[int, int] = {}  # of the frames inside the encoder, by pts
         self._packets = 0
         self._tags = output_tags(source.color, width, height, encoding.pix_fmt)
@@ -59,9 +65,10 @@ class VideoEncoder:
                 str(target.absolute()) if isinstance(target, Path) else target,
                 "w",
                 format=format_name,
-                container_options={"avoid_negative_ts": "disabled"},
+                # Y4M of more than 8 bits is FFmpeg's own extension, which others read, too.
+                container_options={"avoid_negative_ts": "disabled"} | ({"strict": "-1"} if self._even else {}),
             )
-        self._stream = self._add_stream()
+        self._stream = self._add_stream(format_name)
         self._start(format_name)
 
     def __enter__(self) -> VideoEncoder:
@@ -96,9 +103,13 @@ class VideoEncoder:
             coded = self._to_frame(frame.pixels, frame.alpha)
         else:
             coded = self._to_frame(_on_black(frame.pixels, frame.alpha))
-        coded.pts, coded.time_base = frame.pts, frame.time_base
+        coded.pts, coded.time_base = frame.pts, self.time_base
         self._numbers[frame.pts] = len(self.written_pts)
         self.written_pts.append(frame.pts)
+        if self._even:
+            coded.pts = len(self.written_pts) - 1
+            own_time = (frame.pts - self.written_pts[0]) * frame.time_base
+            self.longest_move = max(self.longest_move, abs(coded.pts * self.time_base - own_time))
         self._encode(coded)
 
     def abandon(self) -> None:
@@ -106,18 +117,21 @@ class VideoEncoder:
         with suppress(OSError, av.error.FFmpegError):  # the file is lost already
             self._container.close()
 
-    def _add_stream(self) -> VideoStream:
+    def _add_stream(self, format_name: str) -> VideoStream:
         if self._encoding.encoder == "libsvtav1":  # it writes to stderr, and only the environment can stop it
             os.environ.setdefault("SVT_LOG", "0")
-        # For rate control alone: times are the frames' own. libvpx refuses a rate that the time base cannot show.
-        rate = min(self._source.frame_rate or Fraction(25), 1 / self._source.time_base)
-        stream = self._container.add_stream(self._encoding.encoder, rate=rate, options=self._encoding.options)
+        encoder, options = self._encoding.encoder, self._encoding.options
+        try:
+            stream = self._container.add_stream(encoder, rate=self._rate, options=options)
+        except ValueError as error:
+            message = f"{format_name} does not hold codec `{self._encoding.name}`"
+            raise UsageError(message, hint="use another --codec") from error
         assert isinstance(stream, VideoStream)
         stream.width, stream.height = self._size
         stream.pix_fmt = self._encoding.pix_fmt
-        stream.time_base = self._source.time_base
+        stream.time_base = self.time_base
         context = stream.codec_context
-        context.time_base = self._source.time_base
+        context.time_base = self.time_base
         context.color_primaries, context.color_trc = self._tags.primaries, self._tags.transfer
         context.colorspace, context.color_range = self._tags.matrix, self._tags.range
         if self._source.sample_aspect_ratio is not None:

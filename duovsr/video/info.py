@@ -13,10 +13,9 @@ import av
 from duovsr.errors import InputError
 from duovsr.video.color import ColorTags, bit_depth, chroma_samples, picture_tags
 from duovsr.video.sidedata import HDRMetadata, MasteringDisplay, SideData
-from duovsr.video.source import PIPE, Source, codec_name, main_video, open_input, open_source
+from duovsr.video.source import IMAGES_RATE, Source, codec_name, main_video, open_input, open_source
 
 __all__ = [
-    "PIPE",
     "ColorTags",
     "HDRMetadata",
     "MasteringDisplay",
@@ -53,6 +52,11 @@ class VideoInfo:
     has_alpha: bool = False  # frames have `alpha`
     interlaced: bool = False  # of the first picture: others may differ, and are read as they are marked
     hdr: HDRMetadata | None = None
+
+    @property
+    def step(self) -> int:
+        """Ticks of `time_base` from frame to frame, on average."""
+        return max(1, round(1 / ((self.frame_rate or IMAGES_RATE) * self.time_base)))
 
 
 def probe(path: Path) -> VideoInfo:

@@ -41,13 +41,14 @@ def join_pieces(
     source: VideoInfo,
     encoding: Encoding,
     window: Window,
+    end: int,
     *,
     copy_streams: bool = True,
     audio: bool = True,
     subtitles: bool = True,
 ) -> list[str]:
     """Write `target` from the packets of `pieces`, each moved by `window.shift`, and (`copy_streams`) what else the
-    source has; `audio` and `subtitles` leave out theirs.
+    source has; `audio` and `subtitles` leave out theirs. `end` is the pts at which the last frame ends, not moved yet.
 
     Returns what people should know of the streams. Raises `UsageError` where the container does not hold the codec,
     `NoSpaceError`, and `DuovsrError` where the file cannot be finished.
@@ -67,7 +68,7 @@ def join_pieces(
         if copy_streams:
             copier = StreamCopier(source.path, container, video, window=window, audio=audio, subtitles=subtitles)
         with disk_errors(target):
-            for packet in _packets(pieces, source, window.shift):
+            for packet in _packets(pieces, source, window.shift, end):
                 packet.stream = video
                 if copier is not None and packet.dts is not None:
                     copier.copy_until(packet.dts * packet.time_base)
@@ -128,6 +129,9 @@ def _add_video(
     if quick and codec in ("hevc", "prores"):
         # Apple's players refuse the default of hevc, hev1; of ProRes, the tag alone tells which kind it is.
         stream.codec_context.codec_tag = "hvc1" if codec == "hevc" else tag
+    if source.frame_rate is not None:
+        # Timecodes count it. Without it the rate of x264's clock would pass for it in Matroska: 12800 frames a second.
+        stream.codec_context.framerate = source.frame_rate
     notices = []
     if encoding.alpha and not quick:
         stream.metadata["alpha_mode"] = "1"
@@ -140,14 +144,12 @@ def _add_video(
     return stream, notices
 
 
-def _packets(pieces: Sequence[Piece], source: VideoInfo, shift: Fraction) -> Iterator[av.Packet[VideoStream]]:
+def _packets(pieces: Sequence[Piece], source: VideoInfo, shift: Fraction, end: int) -> Iterator[av.Packet[VideoStream]]:
     """All packets in the order of decoding. A dts is the pts that is shown `reordering` frames before the packet's
     place: it never goes back, whatever the steps between frames, and never lies behind the packet's own pts."""
     offset = shift / source.time_base
     assert offset.denominator == 1, "the picture moves by whole ticks"
-    shown = [pts + offset.numerator for piece in pieces for pts in piece.pts]
-    rate = source.frame_rate or Fraction(25)
-    step = max(1, round(1 / (rate * source.time_base)))
+    shown = [pts + offset.numerator for pts in (*(pts for piece in pieces for pts in piece.pts), end)]
     delay = max(piece.reordering for piece in pieces)
     place, start = 0, 0
     extradata: bytes | None = None
@@ -163,8 +165,8 @@ def _packets(pieces: Sequence[Piece], source: VideoInfo, shift: Fraction) -> Ite
                 assert packet.pts is not None
                 number = start + packet.pts
                 packet.pts, packet.time_base = shown[number], source.time_base
-                packet.dts = shown[place - delay] if place >= delay else shown[0] - (delay - place) * step
-                packet.duration = shown[number + 1] - packet.pts if number + 1 < len(shown) else step
+                packet.dts = shown[place - delay] if place >= delay else shown[0] - (delay - place) * source.step
+                packet.duration = shown[number + 1] - packet.pts
                 place += 1
                 yield packet
         start += len(piece.pts)

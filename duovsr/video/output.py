@@ -8,19 +8,16 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from fractions import Fraction
 from pathlib import Path
 from typing import Literal
 
-import av
-
 from duovsr.errors import DuovsrError, NoSpaceError, UsageError
+from duovsr.options import PIPE, UpscaleOptions
 from duovsr.video.images import image_files, is_pattern, is_sequence, numbered_name
 
 CONTAINERS: dict[str, str] = {".mp4": "mp4", ".mkv": "matroska", ".mov": "mov", ".webm": "webm"}
 JOB_SUFFIX = ".duovsr"  # of the folder beside a target that holds its unfinished work
-PUBLISHING = "publishing"  # a mark in that folder: some of a sequence's images have their names
-_PIPE = Path("-")
+PUBLISHING = "publishing"  # in that folder: the stamp of a finished file; empty where images begin to get their names
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp")
 
 
@@ -39,7 +36,7 @@ class Target:
 def target_of(destination: Path, codec: str | None = None) -> Target:
     """What the name asks for. `-` is y4m, or NUT where a codec is asked for. Raises `UsageError`."""
     suffix = destination.suffix.lower()
-    if destination == _PIPE:
+    if destination == PIPE:
         return Target(destination, "pipe", "yuv4mpegpipe" if codec is None else "nut")
     if suffix in CONTAINERS:
         return Target(destination, "video", CONTAINERS[suffix])
@@ -52,7 +49,7 @@ def target_of(destination: Path, codec: str | None = None) -> Target:
 
 def check_target(source: Path, destination: Path, overwrite: bool, codec: str | None = None) -> Target:
     """Raises `UsageError` if the output could not, or must not, be put at `destination`. Touches nothing."""
-    if destination == _PIPE:
+    if destination == PIPE:
         return target_of(destination, codec)
     if os.path.isdir(destination):
         pictures = f"name the images in it, such as {destination / '%05d.png'}"
@@ -65,7 +62,7 @@ def check_target(source: Path, destination: Path, overwrite: bool, codec: str | 
     else:
         _check_length(destination, numbered_name(destination, 1).name)
         taken = image_files(destination)
-        overwrite |= (_job_folder(destination) / PUBLISHING).exists()
+        overwrite |= (job_folder(destination) / PUBLISHING).exists()
     if target.kind != "video" and source.is_dir() and destination.parent.samefile(source):
         message = f"the target is in the folder of the source: `{destination}`"
         raise UsageError(message, hint="write to another folder, or give the source as a pattern")
@@ -74,7 +71,7 @@ def check_target(source: Path, destination: Path, overwrite: bool, codec: str | 
 
 
 def _check_place(destination: Path) -> None:
-    folder, job = destination.parent, _job_folder(destination)
+    folder, job = destination.parent, job_folder(destination)
     if not os.path.isdir(folder):
         raise UsageError(f"no such folder: `{folder}`", hint="create it first")
     if not os.access(folder, os.W_OK | os.X_OK):
@@ -114,8 +111,26 @@ def _file_id(path: Path) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
-def _job_folder(destination: Path) -> Path:
+def job_folder(destination: Path) -> Path:
+    """Where the unfinished work on a target lies, if there is any."""
     return destination.with_name(destination.name + JOB_SUFFIX)
+
+
+def stamp(path: Path) -> str:
+    """Tells a finished file, under whichever name, from others."""
+    status = path.stat()
+    return f"{status.st_ino} {status.st_size} {status.st_mtime_ns}"
+
+
+def is_left_behind(destination: Path) -> bool:
+    """Whether the target is a file that a job had verified, and which was stopped between naming it and its own end."""
+    mark = job_folder(destination) / PUBLISHING
+    return os.path.isfile(mark) and os.path.isfile(destination) and mark.read_text() == stamp(destination)
+
+
+def may_replace(destination: Path, options: UpscaleOptions) -> bool:
+    """Whether the target may be there already. `restart` begins other work, which needs `overwrite`."""
+    return options.overwrite or (is_left_behind(destination) and not options.restart)
 
 
 def check_space(destination: Path, estimated_bytes: int) -> None:
@@ -182,23 +197,6 @@ def fsync_folder(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def verify_output(path: Path, expected_pts: Sequence[int], time_base: Fraction) -> None:
-    """Demuxes the finished file and raises `AssertionError` unless it shows as many frames, and when, as expected.
-
-    Times may be off by the rounding to the container's own clock (1 ms in mkv), never by more.
-    """
-    with av.open(str(path.absolute()), "r", metadata_errors="surrogateescape") as container:
-        stream = container.streams.video[0]
-        tick = stream.time_base or Fraction(0)
-        shown = (packet.pts for packet in container.demux(stream) if packet.size and not packet.is_discard)
-        found = sorted(-1 if pts is None else pts for pts in shown)
-    if len(found) != len(expected_pts):
-        raise AssertionError(f"`{path}` has {len(found)} frames instead of {len(expected_pts)}")
-    for index, (pts, expected) in enumerate(zip(found, sorted(expected_pts), strict=True)):
-        if abs(pts * tick - expected * time_base) > tick / 2:
-            raise AssertionError(f"frame {index} of `{path}` is at {pts * tick} s instead of {expected * time_base} s")
 
 
 def _readable(size: int) -> str:

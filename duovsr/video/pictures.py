@@ -13,10 +13,10 @@ import av
 from av.video.frame import VideoFrame
 from av.video.reformatter import VideoReformatter
 
-from duovsr.errors import UsageError
+from duovsr.errors import Remark, UsageError
 from duovsr.video.color import bit_depth
-from duovsr.video.images import numbered_name
-from duovsr.video.output import Target, disk_errors, fsync, fsync_folder, publish
+from duovsr.video.images import numbered_files, numbered_name
+from duovsr.video.output import disk_errors, fsync, fsync_folder
 
 if TYPE_CHECKING:  # it imports `codecs`, which asks here what a format can hold
     from duovsr.video.mux import Piece
@@ -50,25 +50,31 @@ FORMATS: dict[str, PictureFormat] = {
 _OPTIONS = {"libwebp": {"lossless": "0", "quality": "95"}, "mjpeg": {"q": "2", "qmin": "1"}}
 
 
-def write_pictures(pieces: Sequence[Piece], partial: Path, target: Target, overwrite: bool) -> None:
-    """Write every frame of `pieces` through the file `partial`, each complete before it gets its name.
-
-    A pattern counts from 1. Raises `UsageError` where a single image is to hold several frames, or a file exists.
-    """
+def write_picture(pieces: Sequence[Piece], partial: Path, target: Path) -> None:
+    """Write the only frame of `pieces` into the file `partial`, as the name of `target` asks for. Raises `UsageError`
+    where there are several."""
     count = sum(len(piece.pts) for piece in pieces)
-    if target.kind == "image" and count != 1:
+    if count != 1:
         hint = "write a pattern such as frames/%05d.png, or a video"
-        raise UsageError(f"{count} frames do not fit one image: `{target.path}`", hint=hint)
-    for number, frame in enumerate(_frames(pieces), start=1):
-        path = target.path if target.kind == "image" else numbered_name(target.path, number)
-        with disk_errors(path):
-            partial.write_bytes(_coded(frame, path.suffix.lower()))
-            if target.kind == "image":
-                publish(partial, path, overwrite)
-            else:  # finished names are overwritten: after a crash some are there
-                fsync(partial)
-                os.replace(partial, path)
-    fsync_folder(target.path.parent)
+        raise UsageError(f"{count} frames do not fit one image: `{target}`", hint=hint)
+    with disk_errors(target):
+        partial.write_bytes(_coded(next(_frames(pieces)), target.suffix.lower()))
+
+
+def write_pictures(pieces: Sequence[Piece], partial: Path, pattern: Path, overwrite: bool) -> list[str]:
+    """Write every frame of `pieces` through the file `partial`, each complete before it gets its name. Numbers begin
+    with 1; with `overwrite`, other numbers' images go once all of these are there. Returns what people should know."""
+    count = 0
+    with disk_errors(pattern):
+        for count, frame in enumerate(_frames(pieces), start=1):
+            partial.write_bytes(_coded(frame, pattern.suffix.lower()))
+            fsync(partial)
+            os.replace(partial, numbered_name(pattern, count))  # after a crash some names are there
+        fsync_folder(pattern.parent)
+        old = [file for number, file in numbered_files(pattern) if overwrite and not 1 <= number <= count]
+        for file in old:
+            file.unlink()
+    return [Remark(f"{len(old)} images of another clip were removed: `{pattern}`")] if old else []
 
 
 def _frames(pieces: Sequence[Piece]) -> Iterator[VideoFrame]:

@@ -19,7 +19,7 @@ from duovsr.video.color import ColorTags, FrameToRgb, decoding_tags, picture_tag
 from duovsr.video.deinterlace import deinterlaced
 from duovsr.video.info import describe, first_picture, has_alpha, has_fields
 from duovsr.video.sidedata import SideData
-from duovsr.video.source import IMAGES_RATE, open_source
+from duovsr.video.source import open_source
 from duovsr.video.timeline import LOOK_AHEAD, Timeline
 
 
@@ -44,9 +44,10 @@ class VideoReader:
 
     When the iteration has ended, `notices` has what people should know of the source, and `window` the times in
     seconds of the piece's first frame and of the first frame after it, each None where it was not asked for or not
-    reached. `moves` are then the seconds by which frames were moved on, one for each place where the source's time
-    starts again. Raises `InputError` for what is not a video, an unknown colour matrix and images of several sizes, and
-    `UsageError` for a piece without frames and a frame rate for a source that has its own times.
+    reached. `end` is then the pts at which the last frame ends, and `moves` are the seconds by which frames were moved
+    on, one for each place where the source's time starts again. Raises `InputError` for what is not a video, an unknown
+    colour matrix and images of several sizes, and `UsageError` for a piece without frames and a frame rate for a source
+    that has its own times.
     """
 
     def __init__(
@@ -62,6 +63,7 @@ class VideoReader:
         self.notices: list[str] = []
         self.window: tuple[Fraction | None, Fraction | None] = (None, None)
         self.frames_read = 0  # decoded, wanted or not
+        self.end = 0
         self._start, self._end = start, end
         self._interlaced = self._damaged = self._rescaled = 0
         self._late_alpha = False
@@ -70,8 +72,7 @@ class VideoReader:
             pictures = self._source.pictures()
             first = first_picture(self._source, pictures)
             self.info = describe(self._source, first)
-            step = 1 / ((self.info.frame_rate or IMAGES_RATE) * self.info.time_base)
-            self._timeline = Timeline(self._source.start_pts, max(1, round(step)))
+            self._timeline = Timeline(self._source.start_pts, self.info.step)
             self._pictures = chain([first], pictures)
             self._deinterlace = deinterlace and has_fields(self.info.codec)
             self._coded_size = first.width, first.height
@@ -122,7 +123,16 @@ class VideoReader:
             self.frames_read += 1
             self._damaged += picture.is_corrupt
             self._interlaced += picture.interlaced_frame
+            self.end = picture.pts + self._duration(picture)
             yield picture
+
+    def _duration(self, picture: av.VideoFrame) -> int:
+        """For how many ticks the picture is shown if it is the last: as long as it says, where the container agrees."""
+        length, step = picture.duration, self.info.step
+        if self._source.stills or length <= 0 or self.info.duration is None or picture.pts is None:
+            return step
+        most = self._source.start_pts + self.info.duration / self.info.time_base + step
+        return length if picture.pts + length <= most else step
 
     def _wanted(self, pictures: Iterable[av.VideoFrame]) -> Iterator[av.VideoFrame]:
         """The pictures of the piece; sets `window`."""
@@ -132,7 +142,7 @@ class VideoReader:
             time = picture.pts * self.info.time_base
             first_time = time if first_time is None else first_time
             if self._end is not None and _is_reached(self._end, number, time - first_time):
-                self.window = self.window[0], time
+                self.window, self.end = (self.window[0], time), picture.pts
                 return
             if self._start is not None:
                 if not _is_reached(self._start, number, time - first_time):

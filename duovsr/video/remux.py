@@ -22,8 +22,8 @@ from duovsr.errors import Remark
 from duovsr.video.info import codec_name, main_video, open_input
 from duovsr.video.sound import SoundConverter, encoders_for
 from duovsr.video.subtitles import KINDS, SubtitleConverter
-from duovsr.video.tags import file_tags, marks_not_held, stream_tags, tags_not_held
-from duovsr.video.window import WHOLE, JoinedTime, Window
+from duovsr.video.tags import file_tags, marks_not_held, stream_tags, stream_tags_not_held, tags_not_held
+from duovsr.video.window import WHOLE, JoinedTime, PieceEnd, SteadyTime, Window, decoding_time
 
 __all__ = ["StreamCopier", "Window"]
 
@@ -35,7 +35,6 @@ _MOV_LANGUAGES = dict(
 )
 _IMAGE_TYPES = {"mjpeg": "jpg", "png": "png"}  # of cover art, as Matroska attaches it
 _LONGEST = 2**31 - 1  # ticks of a packet, beyond which mp4's muxer fails
-_INTERLEAVING = 10  # seconds; no file keeps its streams further apart
 
 
 class _Route(Protocol):
@@ -81,27 +80,32 @@ class StreamCopier:
         self._window = window
         self._left_out = {kind for kind, wanted in (("audio", audio), ("subtitle", subtitles)) if not wanted}
         self._input = open_input(source)
-        self._joined = JoinedTime(window.moves)
+        self._joined, self._steady, self._end = JoinedTime(window.moves), SteadyTime(), PieceEnd(window.end)
         self._routes: dict[int, _Route] = {}
         self._covers: list[av.Packet[Any]] = []
         self._refused = 0
+        self._lost_tags: dict[str, list[str]] = {}  # the streams that have such tags, and lose them
         main = main_video(self._input, source)
         self._copy_file_properties()
         self._copy_properties(main, video)
+        self._note_lost_tags(main, video)
         self._settle_timecode(video)
         for stream in self._input.streams:
             if stream.index != main.index and stream.type not in self._left_out:
                 self._add(source, stream)
-            times_parts = stream.index == main.index and window.moves
-            if stream.index not in self._routes and not times_parts:
+            tells_time = stream.index == main.index and (window.moves or window.end is not None)
+            if stream.index not in self._routes and not tells_time:
                 stream.discard = Discard.all  # the demuxer skips it: the video is not read from the disk twice
         self._check_subtitles_on()
+        if self._lost_tags:
+            tags = ", ".join(f"{key} ({' '.join(streams)})" for key, streams in sorted(self._lost_tags.items()))
+            self.notices.append(f"metadata of streams is not kept, {target.format.name} does not hold it: {tags}")
         self._packets = self._flow()
         self._pending = next(self._packets, None)
 
     def copy_until(self, time: Fraction) -> None:
         """Writes all packets up to `time` seconds, so that the target stays interleaved and its queues short."""
-        while self._pending is not None and _decoding_time(self._pending) <= time:
+        while self._pending is not None and decoding_time(self._pending) <= time:
             self._copy_pending()
 
     def finish(self) -> None:
@@ -165,6 +169,7 @@ class StreamCopier:
             self.notices.append(f"{label} is not kept: {container} does not hold it")
             return
         self._copy_properties(stream, route.stream)
+        self._note_lost_tags(stream, route.stream)
         for mark in marks_not_held(stream.disposition, container):
             self.notices.append(f"{label} is no longer marked `{mark}`: {container} does not hold it")
         self._routes[stream.index] = route
@@ -227,16 +232,21 @@ class StreamCopier:
             copy.metadata["language"] = _MOV_LANGUAGES[language]
         copy.disposition = stream.disposition
 
+    def _note_lost_tags(self, stream: Stream, copy: Stream) -> None:
+        for key in stream_tags_not_held(self._target, copy):
+            self._lost_tags.setdefault(key, []).append(f"#{stream.index}")
+
     def _settle_timecode(self, video: VideoStream) -> None:
         """mp4 and mov make a timecode track of such metadata, and fail where it makes no sense."""
+        rate = video.codec_context.framerate  # `average_rate` comes with the header
         keys = [(held.metadata, key) for held in (video, self._target) for key in held.metadata]
         for metadata, key in [(metadata, key) for metadata, key in keys if key.lower() == "timecode"]:
             reason = None
             if self._window.start:
                 reason = "it counts from the start of the whole video"
-            elif self._target.format.name in ("mp4", "mov") and not _is_timecode(metadata[key], video.average_rate):
-                rate = f"{video.average_rate} frames a second" if video.average_rate else "an unknown frame rate"
-                reason = f"`{metadata[key]}` does not go with {rate}"
+            elif self._target.format.name in ("mp4", "mov") and not _is_timecode(metadata[key], rate):
+                known = f"{rate} frames a second" if rate else "an unknown frame rate"
+                reason = f"`{metadata[key]}` does not go with {known}"
             if reason is not None:
                 del metadata[key]
                 notice = f"the timecode is not kept: {reason}"
@@ -247,25 +257,28 @@ class StreamCopier:
         yield from self._covers
         if not self._routes:
             return
-        window = self._window
         try:
             for packet in self._input.demux():
                 if not packet.size:  # PyAV's sign of a stream's end
                     continue
                 self._joined.place(packet)
-                if packet.stream_index not in self._routes:
-                    continue
-                if window.end is not None and _decoding_time(packet) > window.end + _INTERLEAVING:
+                if self._end.is_passed(packet):
                     break
-                if not 0 <= (packet.duration or 0) <= _LONGEST:
-                    packet.duration = 0
-                route = self._routes[packet.stream_index]
-                if window.place(packet, clip=isinstance(packet.stream, SubtitleStream)):
-                    yield from route.convert(packet)
+                if packet.stream_index in self._routes:
+                    for steady in self._steady.pass_on(packet):
+                        yield from self._converted(steady)
         except av.error.FFmpegError:
             self.notices.append("sound and subtitles end early: the source is damaged")
+        for packet in self._steady.rest():
+            yield from self._converted(packet)
         for route in self._routes.values():
             yield from route.convert(None)
+
+    def _converted(self, packet: av.Packet[Any]) -> Iterable[av.Packet[Any]]:
+        if not 0 <= (packet.duration or 0) <= _LONGEST:
+            packet.duration = 0
+        if self._window.place(packet, clip=isinstance(packet.stream, SubtitleStream)):
+            yield from self._routes[packet.stream_index].convert(packet)
 
     def _copy_pending(self) -> None:
         packet = self._pending
@@ -282,15 +295,10 @@ def _has_format(stream: AudioStream) -> bool:
     return cast("object", stream.codec_context.format) is not None
 
 
-def _decoding_time(packet: av.Packet[Any]) -> Fraction:
-    timestamp = packet.dts if packet.dts is not None else packet.pts
-    return Fraction(0) if timestamp is None else timestamp * packet.time_base
-
-
 def _is_timecode(text: str, rate: Fraction | None) -> bool:
-    """Whether FFmpeg's muxers take it, as hours:minutes:seconds:frames; a `;` drops numbers, at 30000/1001 a second."""
+    """Whether FFmpeg's muxers take it, as hours:minutes:seconds:frames; a `;` drops numbers, at about 30 a second."""
     parts = re.fullmatch(r"(\d\d):(\d\d):(\d\d)([:;.])(\d\d+)", text)
     if parts is None or not rate:
         return False
     drops = parts[4] != ":"
-    return int(parts[5]) < round(rate) and (not drops or (rate.denominator == 1001 and round(rate) % 30 == 0))
+    return int(parts[5]) < round(rate) < 256 and (not drops or round(rate) % 30 == 0)

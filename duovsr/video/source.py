@@ -17,11 +17,12 @@ from av.video.codeccontext import VideoCodecContext
 from av.video.stream import VideoStream
 
 from duovsr.errors import InputError, UsageError
+from duovsr.options import PIPE
 from duovsr.video.images import is_sequence, numbered_files
 from duovsr.video.sidedata import SideData
 
-PIPE = Path("-")  # standard input
 IMAGES_RATE = Fraction(25)
+_CLOCK_RATE = 1000  # frames a second
 _HOLE = 1024  # bytes between two packets, far beyond what matroska puts there
 _BESIDE: PktSideDataT = "matroska_block_additional"  # transparency, of VP9
 _REORDERED = 16  # packets; no encoder moves one further from its place
@@ -125,7 +126,7 @@ class ClipSource(Source):
             raise
         assert self._stream.time_base is not None, "every opened stream has a time base"
         self.time_base, self.start_pts = self._stream.time_base, self._stream.start_time or 0
-        self.frame_rate = self._stream.average_rate or self._stream.base_rate or None
+        self.frame_rate = _average_rate(self._stream)
         self.duration = self._duration()
         estimate = round(self.duration * self.frame_rate) if self.duration and self.frame_rate else 0
         # An mp4 also counts the frames that its edit list hides; its duration does not.
@@ -279,6 +280,13 @@ class ImageSource(Source):
             return picture
         finally:
             clip.close()
+
+
+def _average_rate(stream: VideoStream) -> Fraction | None:
+    average, base = stream.average_rate, stream.base_rate
+    if average and base and average >= _CLOCK_RATE > base:  # that of a clock, where only H.264's own header tells one
+        return base
+    return average or base or None
 
 
 def _open_pipe() -> InputContainer:

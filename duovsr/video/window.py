@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from math import ceil, floor
@@ -9,12 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 import av
 from av.subtitles.stream import SubtitleStream
+from av.video.stream import VideoStream
 
 if TYPE_CHECKING:
     from av.container.core import Chapter
 
 
 _GRACE = Fraction(1, 10)  # seconds that packets overlap at most, around damage, while time goes on
+_INTERLEAVING = 10  # seconds; no file keeps its streams further apart
+_CERTAIN = 1  # seconds after which a time that is ahead is no mistake
 _ABSURD = 2**62  # ticks, which only damaged files have: a move could leave the 64 bits of a timestamp
 
 
@@ -51,9 +56,7 @@ class Window:
             return False
         if clip and self.end is not None and last * tick > self.end:
             packet.duration = max(1, floor(self.end / tick) - pts)
-        moved = round(self.shift / tick)
-        packet.pts = None if packet.pts is None else packet.pts + moved
-        packet.dts = None if packet.dts is None else packet.dts + moved
+        _move(packet, round(self.shift / tick))
         return True
 
     def chapters(self, chapters: list[Chapter]) -> list[Chapter]:
@@ -96,9 +99,77 @@ class JoinedTime:
                 move = min(self._moves, key=lambda move: abs(time + move - end))
             self._streams[packet.stream_index] = move, time + move + (packet.duration or 0) * tick
             self._current = move
-        ticks = round(self._current / tick)
-        packet.pts = None if packet.pts is None else packet.pts + ticks
-        packet.dts = None if packet.dts is None else packet.dts + ticks
+        _move(packet, round(self._current / tick))
+
+
+class SteadyTime:
+    """Puts right packets of sound that are far ahead of those before and after them: written as they are, they would
+    keep out all that follow."""
+
+    def __init__(self) -> None:
+        self._ends: dict[int, Fraction] = {}  # of each stream's last packet
+        self._held: dict[int, list[av.Packet[Any]]] = {}  # those that are ahead, until it is clear whether all are
+
+    def pass_on(self, packet: av.Packet[Any]) -> Iterator[av.Packet[Any]]:
+        """The packet and those that waited for it, or nothing yet; a stream's packets stay in order."""
+        if isinstance(packet.stream, SubtitleStream):  # which come when they like
+            yield packet
+            return
+        time, held = decoding_time(packet), self._held.setdefault(packet.stream_index, [])
+        end = self._ends.get(packet.stream_index, time)
+        if held and time < decoding_time(held[0]):
+            early = end - decoding_time(held[0])
+            for each in held:
+                _move(each, round(early / each.time_base))
+            end = _end(held[-1])
+            yield from held
+            held.clear()
+        if held or time - end > _GRACE:
+            held.append(packet)
+            if time - decoding_time(held[0]) < _CERTAIN:
+                return
+            yield from held  # a hole
+            held.clear()
+        else:
+            yield packet
+        self._ends[packet.stream_index] = _end(packet)
+
+    def rest(self) -> Iterator[av.Packet[Any]]:
+        for held in self._held.values():
+            yield from held
+
+
+class PieceEnd:
+    """Tells from packets of picture and sound where nothing more of a piece comes: some time after its end, or where
+    time starts again, which the reader has not seen, for it stopped before."""
+
+    def __init__(self, end: Fraction | None) -> None:
+        self._end = end
+        self._recent: dict[int, deque[Fraction]] = {}  # two times: of one alone, nobody knows whether it is wrong
+
+    def is_passed(self, packet: av.Packet[Any]) -> bool:
+        if self._end is None or isinstance(packet.stream, SubtitleStream):
+            return False
+        recent = self._recent.setdefault(packet.stream_index, deque(maxlen=2))
+        before, time = min(recent, default=Fraction(0)), decoding_time(packet)
+        recent.append(time)
+        if isinstance(packet.stream, VideoStream) and min(before, time) > self._end + _INTERLEAVING:
+            return True
+        return before > self._end - _CERTAIN and time < before - _CERTAIN
+
+
+def decoding_time(packet: av.Packet[Any]) -> Fraction:
+    timestamp = packet.dts if packet.dts is not None else packet.pts
+    return Fraction(0) if timestamp is None else timestamp * packet.time_base
+
+
+def _end(packet: av.Packet[Any]) -> Fraction:
+    return decoding_time(packet) + (packet.duration or 0) * packet.time_base
+
+
+def _move(packet: av.Packet[Any], ticks: int) -> None:
+    packet.pts = None if packet.pts is None else packet.pts + ticks
+    packet.dts = None if packet.dts is None else packet.dts + ticks
 
 
 WHOLE = Window()

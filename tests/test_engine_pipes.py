@@ -1,0 +1,98 @@
+"""Down a pipe and up from one: depth, transparency and speed are kept, and what is not is said."""
+
+from __future__ import annotations
+
+import io
+import sys
+from fractions import Fraction
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import av
+import pytest
+
+from duovsr import UpscaleOptions
+from duovsr.engine.files import UpscaleReport
+from duovsr.errors import Remark, UsageError
+from tests.bicubic import bicubic
+from tests.clips import Clip, translucent, write_clip
+
+TICK = Fraction(1, 25)
+
+
+@pytest.fixture
+def through_pipe(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """`run(source, codec)` gives the report, and what came out of the pipe."""
+
+    def run(source: Path, **options: Any) -> tuple[UpscaleReport, io.BytesIO]:
+        pipe = io.BytesIO()
+        monkeypatch.setattr(sys, "stdout", SimpleNamespace(buffer=pipe))
+        report = bicubic().upscale_file(source, Path("-"), UpscaleOptions(scale=1, **options))
+        pipe.seek(0)
+        return report, pipe
+
+    return run
+
+
+def times(pipe: io.BytesIO) -> list[Fraction]:
+    with av.open(pipe) as container:
+        return [frame.pts * frame.time_base for frame in container.decode(video=0)]
+
+
+@pytest.mark.parametrize("name", ["in.mp4", "in.mkv", "in.ts", "in.mov"])
+def test_y4m_has_the_frame_rate(tmp_path: Path, through_pipe: Any, name: str) -> None:
+    """FFmpeg's muxer writes the time base, of 1/12800 s or 1/90000 s, as the frame rate."""
+    report, pipe = through_pipe(write_clip(tmp_path / name, Clip(pix_fmt="yuv420p")))
+    assert report.warnings == ()
+    assert b" F25:1 " in pipe.getvalue().partition(b"\n")[0]
+    assert times(pipe) == [index * TICK for index in range(12)]
+
+
+def test_uneven_times_need_nut(tmp_path: Path, through_pipe: Any) -> None:
+    pts = (0, 512, 1024, 5120, 6400)
+    source = write_clip(tmp_path / "in.mp4", Clip(pts=pts, pix_fmt="yuv420p"))
+    report, pipe = through_pipe(source)
+    assert len(times(pipe)) == 5
+    assert len(report.warnings) == 1
+    assert report.warnings[0].startswith("the times of the frames are not kept")
+    report, pipe = through_pipe(source, codec="ffv1")
+    assert report.warnings == ()
+    assert times(pipe) == [Fraction(each, 12800) for each in pts]
+
+
+@pytest.mark.parametrize("codec", [None, "ffv1"])
+def test_ten_bits_stay(tmp_path: Path, through_pipe: Any, codec: str | None) -> None:
+    source = write_clip(tmp_path / "in.mkv", Clip(codec="ffv1", pix_fmt="yuv420p10le"))
+    _, pipe = through_pipe(source, codec=codec)
+    with av.open(pipe) as container:
+        frame = next(container.decode(video=0))
+    assert frame.format.name == ("yuv420p10le" if codec is None else "gbrp16le")
+
+
+def test_transparency_in_nut(tmp_path: Path, through_pipe: Any) -> None:
+    pictures = [translucent(index, (64, 48)) for index in range(12)]
+    source = write_clip(tmp_path / "in.mkv", Clip(codec="ffv1", pix_fmt="bgra", pictures=pictures))
+    report, pipe = through_pipe(source, codec="ffv1", color="none")
+    assert report.notices == ()
+    with av.open(pipe) as container:
+        frames = [frame.to_ndarray(format="rgba") for frame in container.decode(video=0)]
+    assert all((a[..., 3] == b[..., 3]).all() for a, b in zip(frames, pictures, strict=True))
+
+
+def test_a_codec_that_nut_does_not_hold(tmp_path: Path, through_pipe: Any) -> None:
+    with pytest.raises(UsageError, match="nut does not hold codec `prores`"):
+        through_pipe(write_clip(tmp_path / "in.mp4"), codec="prores")
+
+
+def test_sound_is_not_lost_without_a_word(tmp_path: Path, through_pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = write_clip(tmp_path / "in.mkv", Clip(codec="ffv1", pix_fmt="yuv420p", audio=["flac"]))
+    report, _ = through_pipe(source)
+    assert [notice for notice in report.notices if "sound" in notice and isinstance(notice, Remark)]
+    assert not [notice for notice in through_pipe(source, audio=False)[0].notices if "sound" in notice]
+    for audio in (True, False):
+        target = tmp_path / f"{audio}.mkv"
+        with source.open("rb") as file:
+            monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=file, isatty=lambda: False))
+            report = bicubic().upscale_file(Path("-"), target, UpscaleOptions(scale=1, audio=audio))
+        assert any("the sound is not kept" in warning for warning in report.warnings) == audio
