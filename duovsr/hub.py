@@ -15,10 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+from urllib.parse import urlsplit
+
+from filelock import FileLock
 
 from duovsr.errors import InputError, NoSpaceError, UsageError
 from duovsr.options import PRESETS
-from duovsr.repository import CONFIG, EMBEDDED, FILES, MANIFEST, Model, read_manifest, shipped_models
+from duovsr.repository import CONFIG, EMBEDDED, FILES, MANIFEST, Model, shipped_models
 
 _BRANCH = "main"  # the hub's default branch, which moves
 _COMMIT = re.compile("[0-9a-f]{40}")
@@ -112,7 +115,7 @@ def cached_models() -> list[Model]:
 def pull(reference: Reference) -> Model:
     """Download what is missing of a model, and verify it. A file that does not match its sha256 is deleted.
 
-    A connection that breaks is taken up where it broke; of an interrupted command, finished files are kept.
+    What broke off is taken up where it did, by this command or, after it was killed, by the next.
     Raises InputError, UsageError for a revision that is not pinned, NoSpaceError.
     """
     with _hub_errors(reference):
@@ -120,12 +123,12 @@ def pull(reference: Reference) -> Model:
         model = Model(str(reference), folder, reference.remedy)
         _download(reference, folder, CONFIG)
         try:
-            _ = model.preset, read_manifest(folder, model.remedy)
+            _, names = model.preset, model.files
         except InputError:  # before gigabytes of something else; and so that a damaged one is fetched anew
             _delete(folder / CONFIG)
             _delete(folder / MANIFEST)
             raise
-        for name in FILES:
+        for name in names:
             _download(reference, folder, name)
     for status in model.check():
         if not status.verified:
@@ -146,7 +149,7 @@ def export_repository(model: Model, out: Path) -> None:
         raise UsageError(f"`{out}` holds a model", hint="choose another folder")
     model.require_verified()
     out.mkdir(parents=True, exist_ok=True)
-    names = (*FILES, CONFIG, MANIFEST)  # the manifest last: until then it is no model
+    names = (*model.files, MANIFEST)  # the manifest last: until then it is no model
     with TemporaryDirectory(dir=out, prefix=".export-") as partial:
         for name in names:
             shutil.copyfile(model.folder / name, Path(partial, name))
@@ -191,10 +194,37 @@ def _pin(reference: Reference) -> Path:
 
 
 def _download(reference: Reference, folder: Path, name: str) -> None:
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import hf_hub_download, hf_hub_url
 
     if not (folder / name).exists():  # the hub's client makes requests of its own even for what is there
-        hf_hub_download(reference.repository, name, revision=folder.name)
+        with FileLock(folder.parents[1] / "pull.lock"):
+            _fetch_blob(hf_hub_url(reference.repository, name, revision=folder.name), folder.parents[1] / "blobs")
+        hf_hub_download(reference.repository, name, revision=folder.name)  # finds it, and gives it its name
+
+
+def _fetch_blob(url: str, blobs: Path) -> None:
+    """Download a file to the place where the hub's client looks for it, on from what an interrupted command left there.
+
+    The client's own download begins a file anew in each process, and keeps nothing of one that it does not finish.
+    """
+    from huggingface_hub import get_hf_file_metadata
+    from huggingface_hub.file_download import http_get
+    from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]  # documented as public
+
+    facts = get_hf_file_metadata(url)
+    if facts.etag is None:  # the client has the words for that
+        return
+    blob = blobs / facts.etag
+    if blob.exists():
+        return
+    headers = build_hf_headers()
+    if urlsplit(facts.location).netloc != urlsplit(url).netloc:  # where the file is stored has its own key in the URL
+        headers.pop("authorization", None)
+    partial = blob.with_name(f"{blob.name}.incomplete")
+    with partial.open("ab") as file:
+        if file.tell() != facts.size:
+            http_get(facts.location, file, resume_size=file.tell(), headers=headers, expected_size=facts.size)
+    partial.replace(blob)
 
 
 @contextmanager

@@ -1,8 +1,8 @@
 """Model repositories: what a folder with a model in it holds, and whether that is as it was written.
 
-`config.json` says what it is, three safetensors files hold the weights, and `manifest.json` the size and sha256 of
-those four. Shipped, exported and downloaded models are all such folders; the wheel carries `weights/` as
-`duovsr/_weights`.
+`config.json` says what it is, three safetensors files hold the weights, a fourth may hold a TinyVAE for the latents of
+a larger autoencoder, and `manifest.json` has the size and sha256 of all of them. Shipped, exported and downloaded
+models are all such folders; the wheel carries `weights/` as `duovsr/_weights`.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from duovsr.options import PRESETS, Preset
 EMBEDDED = "tiny"
 CONFIG, MANIFEST = "config.json", "manifest.json"
 FILES = ("transformer.safetensors", "vae.safetensors", "prompt.safetensors")
+TINY_VAE = "tiny_vae.safetensors"  # beside the others, where it was trained for a model whose own is another
 FORMAT = 1
 _LIBRARY = "duovsr"  # tells this `config.json` from those of other libraries
 
@@ -34,6 +35,16 @@ class Model:
     @property
     def preset(self) -> Preset:
         return read_preset(self.folder, self.remedy)
+
+    @property
+    def digest(self) -> str:
+        """What tells the model's files from those of others, once they are verified."""
+        return sha256_of(self.folder / MANIFEST)
+
+    @property
+    def files(self) -> list[str]:
+        """The names of its files, but for the manifest, which lists them. Raises InputError."""
+        return list(read_manifest(self.folder, self.remedy))
 
     def check(self) -> list[FileStatus]:
         """Every file against the manifest. Raises InputError for a manifest that is damaged or not there."""
@@ -97,7 +108,7 @@ def read_manifest(folder: Path, remedy: str) -> dict[str, dict[str, Any]]:
     """{file: its size and sha256}. Raises InputError."""
     path = folder / MANIFEST
     manifest = _read_json(path, "manifest", remedy)
-    if set(manifest) != {CONFIG, *FILES} or not all(
+    if not {CONFIG, *FILES} <= set(manifest) <= {CONFIG, *FILES, TINY_VAE} or not all(
         isinstance(entry, dict) and entry.keys() == {"size", "sha256"} for entry in manifest.values()
     ):
         raise InputError(f"damaged model manifest: `{path}`", hint=remedy)

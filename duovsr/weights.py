@@ -28,7 +28,7 @@ from duovsr.model.tiny_vae import TinyVAE
 from duovsr.model.transformer import Transformer
 from duovsr.model.wan_vae import WanVAE
 from duovsr.options import Preset, WanVAEConfig
-from duovsr.repository import CONFIG, FILES, MANIFEST, describe, write_manifest
+from duovsr.repository import CONFIG, FILES, MANIFEST, TINY_VAE, Model, describe, write_manifest
 
 WanPart = Literal["transformer", "vae"]
 WAN_FILES: dict[WanPart, tuple[str, ...]] = {  # in a folder: our own name, diffusers', the original repository's
@@ -45,9 +45,10 @@ WAN_FILES: dict[WanPart, tuple[str, ...]] = {  # in a folder: our own name, diff
 Module = TypeVar("Module", bound=nn.Module)
 
 
-def load_model(name: str, device: torch.device, dtype: torch.dtype) -> OneStepModel:
-    """Load the model that `name` names (`find_model`), whole or not at all.
+def load_model(name: str, device: torch.device, dtype: torch.dtype, vae: str | None = None) -> OneStepModel:
+    """Load the model that `name` names (`find_model`) with the autoencoder `vae`, whole or not at all.
 
+    Weights of a model that does not stream stay in host memory, until a plan says where they fit (`restore_clip`).
     Raises UsageError for an unknown name and for a model that ignores the LQ, InputError for a missing or altered file.
     """
     model = find_model(name)
@@ -55,15 +56,19 @@ def load_model(name: str, device: torch.device, dtype: torch.dtype) -> OneStepMo
     if not (folder / MANIFEST).is_file() and find_wan(folder, "transformer") is not None and is_text_to_video(folder):
         raise _ignores_lq(folder)
     model.require_verified()
-    preset = model.preset
-    with torch.device("meta"):
-        prompt = Prompt(preset.transformer)
-    transformer = load_transformer(folder / FILES[0], preset, device, dtype)
+    own, preset = model.preset, model.preset.with_vae(vae)
+    file = FILES[1] if preset == own else TINY_VAE
+    if file not in model.files:
+        raise _no_tiny_vae(model)
+    home = device if preset.transformer.streams else torch.device("cpu")
+    transformer = load_transformer(folder / FILES[0], preset, home, dtype)
     if not transformer.patch_embedding.weight[:, preset.transformer.latent_channels :].any():
         raise _ignores_lq(folder)
-    vae = _load_vae(folder / FILES[1], preset, device, dtype)
+    autoencoder = _load_vae(folder / file, preset, home, dtype)
+    with torch.device("meta"):
+        prompt = Prompt(preset.transformer)
     prompt = load_strict(prompt, folder / FILES[2], device, dtype)
-    return OneStepModel(preset, transformer, channels_last(vae), prompt.tokens(1))
+    return OneStepModel(preset, transformer, channels_last(autoencoder), prompt.tokens(1), model.digest)
 
 
 def _load_vae(path: Path, preset: Preset, device: torch.device, dtype: torch.dtype) -> TinyVAE | WanVAE:
@@ -72,6 +77,15 @@ def _load_vae(path: Path, preset: Preset, device: torch.device, dtype: torch.dty
     with torch.device("meta"):
         vae = TinyVAE(preset.vae)
     return load_strict(vae, path, device, dtype)
+
+
+def _no_tiny_vae(model: Model) -> InputError:
+    preset = f"--preset {model.preset.name} --init {model.folder}"
+    hint = f"train it: duovsr train vae {preset} --data POOL --out RUN, then duovsr train export {preset}"
+    return InputError(
+        f"no TinyVAE was trained for model `{model.name}`: no `{TINY_VAE}`",
+        hint=f"{hint} --set tiny_vae=RUN --out NEW",
+    )
 
 
 def _ignores_lq(folder: Path) -> UsageError:

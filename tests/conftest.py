@@ -73,7 +73,7 @@ def random_model() -> OneStepModel:
     torch.nn.init.normal_(transformer.head.head.weight, std=0.1)
     for module in (transformer, vae, prompt):
         module.requires_grad_(False).eval()
-    return OneStepModel(SMALL, transformer, channels_last(vae), prompt.positive[None])
+    return OneStepModel(SMALL, transformer, channels_last(vae), prompt.positive[None], digest="random")
 
 
 def run_stage(stage: str, out: Path, *settings: str, **job: Any) -> Path:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -21,6 +21,7 @@ class Hub:
     commit: str = "0123456789abcdef0123456789abcdef01234567"
     tags: tuple[str, ...] = ("v1",)
     breaks: dict[str, int] = field(default_factory=dict)  # file: where its first download breaks off
+    stalls: set[str] = field(default_factory=set)  # files that break off by saying no more until the client has gone
     requests: list[tuple[str, str, str | None]] = field(default_factory=list)
     url: str = ""
 
@@ -106,3 +107,7 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command == "GET":
             self.wfile.write(content[:until])
             self.close_connection = until is not None
+            if until is not None and self.path.rpartition("/")[2] in self.hub.stalls:
+                self.wfile.flush()
+                with suppress(ConnectionError):
+                    self.connection.recv(1)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from duovsr.engine.chunks import cut_into_chunks
-from duovsr.engine.plan import TILE_ALIGN, TILE_OVERLAP, Plan, WeightBytes, plan_clip, plan_tiles
+from duovsr.engine.plan import TILE_ALIGN, TILE_OVERLAP, Plan, Precision, WeightBytes, plan_clip, plan_tiles
 from duovsr.engine.scenes import CutDetector
 from duovsr.errors import UsageError
 from duovsr.options import PRESETS, UpscaleOptions
@@ -19,10 +19,7 @@ def plan(width: int, height: int, options: UpscaleOptions, free_bytes: int = 2**
         options,
         PRESETS["tiny"],
         device="cuda",
-        dtype="float32",
-        dtype_bytes=4,
-        free_bytes=free_bytes,
-        weights=WeightBytes(0, 0),
+        precisions=[Precision("float32", 4, WeightBytes(0, 0), free_bytes)],
     )
 
 
@@ -71,6 +68,34 @@ def test_asked_tile_and_chunk_are_kept() -> None:
     assert len(plan(480, 270, UpscaleOptions(tile=0), free_bytes=0).tiles) == 1
 
 
+def precisions(free_bf16: int, free_int8: int) -> list[Precision]:
+    return [
+        Precision(name, 2, WeightBytes(weight, 250 * 2**20), int(free * 2**30))
+        for name, weight, free in (("bfloat16", 2840 * 10**6, free_bf16), ("int8", 1450 * 10**6, free_int8))
+    ]
+
+
+@pytest.mark.parametrize(
+    ("free", "dtype"), [((60, 60), "bfloat16"), ((6, 60), "bfloat16"), ((4.5, 4.5), "int8"), ((0, 0), "int8")]
+)
+def test_weights_of_8_bits_are_for_what_nothing_else_makes_fit(free: tuple[int, int], dtype: str) -> None:
+    """Shorter clips, tiles and offload come before."""
+    preset = PRESETS["1.3b"]
+    chosen = plan_clip(480, 270, UpscaleOptions(), preset, device="cuda", precisions=precisions(*free))
+    assert chosen.dtype == dtype
+    if free[0]:
+        assert chosen.memory_bytes <= free[dtype == "int8"] * 2**30
+    if dtype == "int8":
+        smallest = plan_clip(480, 270, UpscaleOptions(), preset, device="cuda", precisions=precisions(0, 0)[:1])
+        assert smallest.offload and smallest.memory_bytes > free[0] * 2**30
+
+
+def test_calls_that_no_kernel_can_index_are_refused() -> None:
+    for options in (UpscaleOptions(tile=0), UpscaleOptions(chunk=4000)):
+        with pytest.raises(UsageError, match="model calls too large"):
+            plan_clip(1920, 1080, options, PRESETS["1.3b"], device="cuda", precisions=precisions(60, 60))
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
@@ -101,25 +126,49 @@ def frames(*values: int) -> list[np.ndarray]:
     return [np.full((30, 40, 3), value, np.uint8) for value in values]
 
 
-@pytest.mark.parametrize("total", [1, 2, 3, 4, 5, 8, 9, 10, 17, 33])
-@pytest.mark.parametrize("overlap", [None, 0, 4, 12])
-def test_every_frame_is_shown_once_and_in_order(total: int, overlap: int | None) -> None:
+@pytest.mark.parametrize("total", [1, 2, 3, 4, 5, 8, 9, 10, 13, 14, 17, 21, 22, 33])
+@pytest.mark.parametrize(
+    ("overlap", "fades"), [(None, False), (0, False), (4, False), (12, False), (4, True), (12, True)]
+)
+def test_every_frame_is_shown_once_and_in_order(total: int, overlap: int | None, fades: bool) -> None:
     clip = frames(*range(total))
+    fade = (overlap or 0) + 1 if fades else 0
     shown: list[int] = []
-    for chunk in cut_into_chunks(clip, 8, overlap):
+    before: list[int] = []  # what the last chunk kept back
+    for chunk in cut_into_chunks(clip, 8, overlap, fade=fade):
         assert len(chunk.padded_frames()) == chunk.padded_length
         assert chunk.padded_length % 4 == (1 if chunk.fresh else 0)
         assert not chunk.fresh or chunk.start % 4 == 0
-        assert chunk.frames[0][0, 0, 0] == chunk.start
-        shown += [int(frame[0, 0, 0]) for frame in chunk.frames[chunk.warm_up :]]
-    assert shown == list(range(total))
+        numbers = [int(frame[0, 0, 0]) for frame in chunk.frames]
+        assert numbers[0] == chunk.start
+        assert numbers[: chunk.fade] == before, "the same frames are cross-faded"
+        end = chunk.warm_up + chunk.shown
+        shown, before = shown + numbers[chunk.warm_up : end], numbers[end:]
+        assert chunk.continues == (chunk.start > 0 and (overlap is None or fades))
+    assert shown == list(range(total)) and before == []
 
 
-def test_a_split_chunk_is_the_same_work() -> None:
-    (chunk,) = cut_into_chunks(frames(*range(9)), 8, None)
-    first, rest = chunk.split(5)
-    assert [f[0, 0, 0] for f in first.frames + rest.frames] == list(range(9))
-    assert (first.fresh, rest.fresh, rest.start) == (True, False, 5)
+@pytest.mark.parametrize("length", [4, 8, 12])
+@pytest.mark.parametrize("overlap", [None, 4])
+def test_a_chunk_in_several_calls_is_the_same_work(length: int, overlap: int | None) -> None:
+    for chunk in cut_into_chunks(frames(*range(23)), 12, overlap):
+        calls = list(chunk.calls(length))
+        assert [f[0, 0, 0] for call in calls for f in call.frames] == [f[0, 0, 0] for f in chunk.frames]
+        assert [call.fresh for call in calls] == [chunk.fresh] + [False] * (len(calls) - 1)
+        assert [call.start for call in calls] == [int(call.frames[0][0, 0, 0]) for call in calls]
+        assert max(call.padded_length for call in calls) <= length + chunk.fresh
+
+
+@pytest.mark.parametrize("first", [3, 9, 13, 14, 20, 21, 22])
+def test_nothing_fades_over_a_cut(first: int) -> None:
+    rng = np.random.default_rng(0)
+    one, two = (rng.integers(0, 255, (30, 40, 3), np.uint8).repeat(4, 0).repeat(4, 1) // k for k in (4, 1))
+    clip = [np.roll(one, i, axis=1) for i in range(first)] + [np.roll(two, i, axis=1) for i in range(15)]
+    chunks = list(cut_into_chunks(clip, 8, 4, fade=5))
+    (second,) = (n for n, chunk in enumerate(chunks) if n and chunk.start == 0)
+    assert sum(chunk.shown for chunk in chunks[:second]) == first
+    assert (chunks[second - 1].kept, chunks[second].fade, chunks[-1].kept) == (0, 0, 0)
+    assert chunks[second].kept == chunks[second + 1].fade == 5
 
 
 def test_a_cut_starts_a_new_scene() -> None:

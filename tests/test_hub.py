@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,7 +21,7 @@ from huggingface_hub import constants
 
 from duovsr.errors import InputError, NoSpaceError, UsageError
 from duovsr.hub import Reference, find_model, pull
-from duovsr.repository import CONFIG, FILES, MANIFEST, weights_folder
+from duovsr.repository import CONFIG, FILES, MANIFEST, TINY_VAE, weights_folder
 from duovsr.weights import load_model
 from tests.hub_server import Hub, serving
 
@@ -105,6 +108,17 @@ def test_a_pulled_model_is_used_and_shown_without_the_network(
     assert hub.requests == []
 
 
+def test_a_light_autoencoder_is_part_of_a_model(hub: Hub, machine: Machine, tmp_path: Path) -> None:
+    hub.files[TINY_VAE] = hub.files["vae.safetensors"]
+    manifest = json.loads(hub.files[MANIFEST])
+    hub.files[MANIFEST] = json.dumps(manifest | {TINY_VAE: manifest["vae.safetensors"]}).encode()
+    machine.does("pull", MODEL)
+    assert machine.cached() == REPOSITORY | {TINY_VAE}
+    assert f"{TINY_VAE}: verified" in machine.does("verify", MODEL).splitlines()
+    machine.does("export", MODEL, tmp_path / "out")
+    assert (tmp_path / "out" / TINY_VAE).read_bytes() == hub.files[TINY_VAE]
+
+
 def test_a_tag_stays_at_the_commit_that_it_was_pulled_at(hub: Hub, machine: Machine) -> None:
     machine.does("pull", MODEL)
     first, hub.commit = hub.commit, "f" * 40
@@ -123,6 +137,41 @@ def test_a_broken_download_goes_on_where_it_broke(hub: Hub, machine: Machine) ->
     start = int(rest.removeprefix("bytes=").rstrip("-"))
     assert 0 < start <= 12_000_000
     machine.does("verify", MODEL)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_a_killed_pull_goes_on_where_it_was(hub: Hub, machine: Machine, number: signal.Signals) -> None:
+    name = "transformer.safetensors"
+    hub.breaks[name], hub.stalls = 12_000_000, {name}
+    command = [sys.executable, "-m", "duovsr", "models", "pull", MODEL]
+    with subprocess.Popen(command, env=machine.environment, stderr=subprocess.DEVNULL) as process:
+        deadline = time.monotonic() + 60
+        while not any(path.stat().st_size for path in machine.cache.rglob("*.incomplete")):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+        process.send_signal(number)
+    assert name not in machine.cached()
+    machine.refuses(3, "is missing", "", "export", MODEL, machine.home / "out")
+    machine.does("pull", MODEL)
+    whole, rest = hub.asked(name)
+    assert whole is None and rest is not None
+    assert 0 < int(rest.removeprefix("bytes=").rstrip("-")) <= 12_000_000
+    machine.does("verify", MODEL)
+    assert machine.cached() == REPOSITORY and not list(machine.cache.rglob("*.incomplete"))
+
+
+def test_a_finished_download_that_was_not_named_yet_is_taken(hub: Hub, machine: Machine) -> None:
+    """Killed between the last byte and its renaming; and what was left there by something else does not verify."""
+    for content, code in ((hub.files[name := "vae.safetensors"], 0), (b"x" * len(hub.files[name]), 3)):
+        shutil.rmtree(machine.home, ignore_errors=True)
+        blobs = machine.cache / "models--owner--name" / "blobs"
+        blobs.mkdir(parents=True)
+        (blobs / f"{hashlib.sha256(hub.files[name]).hexdigest()}.incomplete").write_bytes(content)
+        hub.requests.clear()
+        assert machine.run("pull", MODEL).returncode == code
+        assert hub.asked(name) == []
+    machine.does("pull", MODEL)
+    assert hub.asked(name) == [None], "the damaged one was deleted"
 
 
 def test_after_an_interrupted_pull_finished_files_are_kept(hub: Hub, machine: Machine) -> None:

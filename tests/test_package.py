@@ -42,8 +42,8 @@ MAY_IMPORT = {  # DESIGN section 6; every part may import itself, and a new part
     "__main__": {"cli"},
 }
 UPSCALE_FLAGS = set(
-    "--scale --size --model --device --dtype --seed --strength --chunk --overlap --tile --window --color"
-    " --start --end --fps --no-audio --no-subs --no-deinterlace --no-scene-cuts"
+    "--scale --size --model --device --dtype --vae --seed --strength --chunk --overlap --tile --window"
+    " --attention --color --start --end --fps --no-audio --no-subs --no-deinterlace --no-scene-cuts"
     " --codec --crf --pix-fmt --encoder-opt --recursive --pattern --suffix"
     " --restart --overwrite --dry-run --json --help".split()
 )

@@ -9,12 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from duovsr.model.one_step import new_autoencoder
 from duovsr.train.data import Pool
 from duovsr.train.distributed import World
 from duovsr.train.loop import Run
 from duovsr.train.options import RefineConfig
 from duovsr.train.refine import Refinement
-from duovsr.train.roles import DiffusionModel, Inputs, new_autoencoder
+from duovsr.train.roles import DiffusionModel, Inputs
 from tests.conftest import SMALL
 
 CPU = torch.device("cpu")
@@ -29,7 +30,7 @@ def inputs(training_pool: Path) -> Inputs:
     torch.manual_seed(0)
     model = DiffusionModel(SMALL)
     torch.nn.init.normal_(model.transformer.head.head.weight, std=0.1)
-    init = {"vae": new_autoencoder(SMALL).state_dict(), "model": model.state_dict()}
+    init = {"vae": new_autoencoder(SMALL.vae).state_dict(), "model": model.state_dict()}
     return Inputs(SMALL, Pool([training_pool]), init=init)
 
 

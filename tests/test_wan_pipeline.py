@@ -1,5 +1,5 @@
 """The paper's system at reduced width, from file to file: full attention over clips that overlap, Wan2.1's VAE in
-pieces, memory that runs out, and its workload."""
+pieces, and its workload."""
 
 from __future__ import annotations
 
@@ -12,74 +12,33 @@ import numpy as np
 import pytest
 import seeded
 import torch
-from torch import Tensor
 from torch.testing import assert_close
 
-from duovsr.engine import bench, phases, plan
+from duovsr.engine import bench, phases
 from duovsr.engine.memory import lent
 from duovsr.engine.phases import restore_clip
 from duovsr.engine.plan import Plan
-from duovsr.engine.upscaler import Upscaler, with_window
-from duovsr.errors import OutOfMemoryError, UsageError
+from duovsr.engine.precision import with_window
+from duovsr.engine.upscaler import Upscaler
+from duovsr.errors import UsageError
 from duovsr.model.one_step import OneStepModel
-from duovsr.model.prompt import Prompt
-from duovsr.model.resize import resize_frames
 from duovsr.model.transformer import Transformer
 from duovsr.model.wan_vae import WanVAE
-from duovsr.options import PRESETS, Preset, TransformerConfig, UpscaleOptions, WanVAEConfig
-from duovsr.repository import FILES
 from duovsr.video.reader import VideoReader
-from duovsr.weights import save_model
 from tests.clips import Clip, write_clip
 from tests.command_line import Run, running
-
-WAN = Preset(
-    name="wan",
-    transformer=TransformerConfig(dim=48, ffn_dim=64, heads=2, layers=3, text_dim=16, text_length=8),
-    vae=WanVAEConfig(dim=4),
-    learned_prompt=False,
-)
-PLAIN = UpscaleOptions(scale=2, color="none")
+from tests.wan import PLAIN, as_pixels, lq_frames, moving, saved, upscaled
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A model folder of random weights."""
-    transformer, vae, prompt = Transformer(WAN.transformer), WanVAE(WanVAEConfig(dim=4)), Prompt(WAN.transformer)
-    for module in (transformer, vae):
-        seeded.fill(module)
-    prompt.positive.data, prompt.null.data = seeded.normal(7, 2, 8, 16)
-    path = tmp_path_factory.mktemp("models") / "wan"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(PRESETS, WAN.name, WAN)
-        save_model(path, WAN.name, dict(zip(FILES, (m.state_dict() for m in (transformer, vae, prompt)), strict=True)))
+    with saved(tmp_path_factory.mktemp("models") / "wan") as path:
         yield path
 
 
 @pytest.fixture(scope="module")
 def upscaler(folder: Path) -> Upscaler:
     return Upscaler.from_preset(str(folder), device="cpu", dtype="float32")
-
-
-def moving(count: int, width: int = 32, height: int = 24) -> list[np.ndarray]:
-    """Smooth texture that drifts by a pixel a frame, float32 in [0, 1]."""
-    canvas = torch.rand(1, 3, height // 4 + 3, (width + count) // 4 + 3, generator=torch.Generator().manual_seed(0))
-    canvas = torch.nn.functional.interpolate(canvas, scale_factor=4, mode="bilinear")[0].permute(1, 2, 0)
-    return [np.ascontiguousarray(canvas[:height, i : i + width].numpy()) for i in range(count)]
-
-
-def lq_frames(frames: list[np.ndarray]) -> Tensor:
-    """As the model gets them, at twice the size."""
-    x = torch.from_numpy(np.stack(frames)).permute(3, 0, 1, 2)[None] * 2 - 1
-    return resize_frames(x, 2 * x.shape[3], 2 * x.shape[4])
-
-
-def as_pixels(frames: Tensor) -> np.ndarray:
-    return (frames[0].permute(1, 2, 3, 0).clamp(-1, 1) * 0.5 + 0.5).numpy()
-
-
-def upscaled(upscaler: Upscaler, frames: list[np.ndarray], options: UpscaleOptions) -> np.ndarray:
-    return np.stack(list(upscaler.stream(frames, options)))
 
 
 # Files and clips
@@ -108,14 +67,16 @@ def test_a_video_goes_through(run: Run, folder: Path, tmp_path: Path) -> None:
 
 
 def test_every_call_is_a_clip_of_its_own(upscaler: Upscaler) -> None:
-    """21 frames, then the last 5 of them again with what is new: noise in place, warm-up dropped, pieces = at once."""
+    """21 frames, then the last 5 of them again with what is new: noise in place, 5 frames cross-faded."""
     frames = moving(25)
     lq = lq_frames(frames)
-    first, _ = upscaler.model.restore(lq[:, :, :21], None, seed=0)
-    second, _ = upscaler.model.restore(lq[:, :, 16:], None, seed=0, origin=(4, 0, 0))
-    expected = np.concatenate([as_pixels(first), as_pixels(second)[5:]])
-    assert_close(upscaled(upscaler, frames, PLAIN), expected, rtol=0, atol=1e-5)
-    assert np.abs(expected - as_pixels(lq)).mean() > 0.05, "the result is more than the resized source"
+    first, second = (
+        as_pixels(upscaler.model.restore(lq[:, :, start:end], None, seed=0, origin=(start // 4, 0, 0))[0])
+        for start, end in ((0, 21), (16, 25))
+    )
+    faded = [first[16 + i] + (i + 1) / 6 * (second[i] - first[16 + i]) for i in range(5)]
+    assert_close(upscaled(upscaler, frames), np.concatenate([first[:16], faded, second[5:]]), rtol=0, atol=1e-5)
+    assert np.abs(first - as_pixels(lq)[:21]).mean() > 0.05, "the result is more than the resized source"
 
 
 def test_strength_mixes_with_the_bicubic_frames(upscaler: Upscaler) -> None:
@@ -127,16 +88,13 @@ def test_strength_mixes_with_the_bicubic_frames(upscaler: Upscaler) -> None:
 
 
 def test_clips_that_overlap_more_differ_less_at_their_borders(upscaler: Upscaler) -> None:
-    """The stated bound: a border is no steeper than 1.1 times other steps from frame to frame, and the frames after it
-    come closer to those of one call over everything, the longer the warm-up is. (Weights are random here, whose frames
-    differ a good deal anyway; what trained ones do has not been measured.)"""
+    """The frames after a border come closer to those of one call over everything, the longer the warm-up is. (Weights
+    are random here; what trained ones do has not been measured.)"""
     frames = moving(37)
     whole = upscaled(upscaler, frames, replace(PLAIN, chunk=36, overlap=0))
     differences = []
     for overlap in (0, 4, 12):
         result = upscaled(upscaler, frames, replace(PLAIN, chunk=20 - overlap, overlap=overlap))
-        steps = np.abs(np.diff(result, axis=0)).mean((1, 2, 3))
-        assert steps[20] <= 1.1 * np.median(steps)
         differences.append(np.abs(result - whole)[21:25].mean())
     assert differences[1] < 0.95 * differences[0]
     assert differences[2] < 0.75 * differences[0]
@@ -185,7 +143,7 @@ def plan_of(upscaler: Upscaler, **changes: int | bool) -> Plan:
     return replace(upscaler.plan(96, 64, PLAIN), **changes)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("latents", [0, 1, 2, 3])
+@pytest.mark.parametrize("latents", [1, 2, 3, 4])
 def test_calls_of_any_length_give_the_same(upscaler: Upscaler, latents: int) -> None:
     lq = lq_frames(moving(13))
     expected, _ = upscaler.model.restore(lq, None, seed=1, strength=0.7)
@@ -226,56 +184,11 @@ def test_parts_take_turns_on_the_device(upscaler: Upscaler, monkeypatch: pytest.
     assert moved == [Transformer, WanVAE]
 
 
-# Memory that runs out
-
-
-def limited_memory(monkeypatch: pytest.MonkeyPatch, most: int) -> list[tuple[int, int, int]]:
-    """Let the decoder fail as torch's CPU allocator does, for calls of more than `most` values; returns the calls."""
-    decode, calls = WanVAE.decode, []
-
-    def failing(self: WanVAE, latents: Tensor, *args: object) -> object:
-        calls.append((latents.shape[2], latents.shape[3], latents.shape[4]))
-        if latents[0, 0].numel() > most:
-            torch.empty(2**60, dtype=torch.uint8)  # fails as torch itself fails
-        return decode(self, latents, *args)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(WanVAE, "decode", failing)
-    return calls
-
-
-def test_out_of_memory_takes_smaller_pieces_and_says_so(upscaler: Upscaler, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan, "VAE_TILES", (64, 48))
-    monkeypatch.setattr(phases, "VAE_TILE_OVERLAP", 16)
-    frames = moving(5, 48, 32)  # latents of 12 x 8
-    options = replace(PLAIN, color="wavelet")
-    whole = upscaled(upscaler, frames, options)
-    calls = limited_memory(monkeypatch, 8 * 8)
-    notices: list[str] = []
-    planned = upscaler.plan(48, 32, options)
-    result = np.stack(list(upscaler.restore(frames, planned, options, bench.StageTimes(), notices)))
-    assert calls[:3] == [(2, 8, 12), (1, 8, 12), (1, 8, 8)]
-    assert max(h * w for _, h, w in calls[2:]) <= 64
-    assert notices == [
-        "memory ran out: the autoencoder went on with 1 latents a call, whole frames",
-        "memory ran out: the autoencoder went on with 1 latents a call, tiles of 64 pixels",
-    ]
-    other = upscaled(upscaler, frames, replace(options, seed=1))
-    assert 0 < np.abs(result - whole).mean() < 0.5 * np.abs(other - whole).mean()
-
-
-def test_out_of_memory_after_every_step_is_an_error(upscaler: Upscaler, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan, "VAE_TILES", (64, 48))
-    monkeypatch.setattr(phases, "VAE_TILE_OVERLAP", 16)
-    limited_memory(monkeypatch, 0)
-    with pytest.raises(OutOfMemoryError, match="out of cpu memory"):
-        upscaled(upscaler, moving(5, 48, 32), PLAIN)
-
-
 # The paper's workload
 
 
 def test_the_workload_runs_at_a_small_size_on_a_cpu(folder: Path) -> None:
-    result = bench.run_workload("wan", (64, 48), 5, device="cpu", dtype="float32", window=None, repeat=1)
+    result = bench.run_workload("wan", (64, 48), 5, device="cpu", dtype="float32", window=None, repeat=1, vae=None)
     stages = {"encode", "transformer", "decode", "color", "copies"}
     assert result["seconds"].keys() == stages | {"total"}
     assert all(seconds > 0 for seconds in result["seconds"].values())
@@ -285,9 +198,9 @@ def test_the_workload_runs_at_a_small_size_on_a_cpu(folder: Path) -> None:
     assert result["plan"]["target_size"] == (64, 48)
     json.dumps(result)
     with pytest.raises(UsageError, match="number of frames: `6`"):
-        bench.run_workload("wan", (64, 48), 6, device="cpu", dtype="float32", window=None, repeat=1)
+        bench.run_workload("wan", (64, 48), 6, device="cpu", dtype="float32", window=None, repeat=1, vae=None)
     with pytest.raises(UsageError, match="unknown preset: `other`"):
-        bench.run_workload("other", (64, 48), 5, device="cpu", dtype="float32", window=None, repeat=1)
+        bench.run_workload("other", (64, 48), 5, device="cpu", dtype="float32", window=None, repeat=1, vae=None)
 
 
 def test_bench_takes_the_workload(run: Run, folder: Path) -> None:
@@ -297,4 +210,6 @@ def test_bench_takes_the_workload(run: Run, folder: Path) -> None:
     assert result["workload"] == "wan, random weights, 1 frames of 48x32"
     assert result["seconds"]["transformer"] > 0
     run.fails(2, "are for --random-weights", "bench", "--frames", 5)
+    for frames in (0, -3, 6):
+        run.fails(2, f"number of frames: `{frames}`", "bench", *workload, "--frames", frames)
     run.fails(2, "a clip of its own", "bench", "clip.mp4", *workload)

@@ -12,7 +12,8 @@ from duovsr.engine import bench, plan
 from duovsr.engine.count import count
 from duovsr.engine.memory import weight_bytes
 from duovsr.engine.plan import Plan
-from duovsr.engine.upscaler import Upscaler, with_window
+from duovsr.engine.precision import with_window
+from duovsr.engine.upscaler import Upscaler
 from duovsr.model.one_step import OneStepModel
 from duovsr.options import PRESETS, UpscaleOptions, WindowConfig
 
@@ -22,12 +23,16 @@ def paper() -> OneStepModel:
     return bench.random_model(PRESETS["1.3b"], torch.device("meta"), torch.bfloat16)
 
 
-@pytest.fixture(scope="module")
-def shallow() -> OneStepModel:
+def two_layers(vae: str) -> OneStepModel:
     """The paper's widths with two layers: as much memory beside the weights, in a fifteenth of the time."""
-    preset = PRESETS["1.3b"]
+    preset = PRESETS["1.3b"].with_vae(vae)
     layers = replace(preset.transformer, layers=2)
     return bench.random_model(replace(preset, transformer=layers), torch.device("meta"), torch.bfloat16)
+
+
+@pytest.fixture(scope="module")
+def shallow() -> OneStepModel:
+    return two_layers("wan")
 
 
 def weights_of(model: OneStepModel) -> plan.WeightBytes:
@@ -41,10 +46,7 @@ def planned(model: OneStepModel, size: tuple[int, int], free_gib: float, **optio
         UpscaleOptions(size=size, **options),  # type: ignore[arg-type]
         model.preset,
         device="cuda",
-        dtype="bfloat16",
-        dtype_bytes=2,
-        free_bytes=int(free_gib * 2**30),
-        weights=weights_of(model),
+        precisions=[plan.Precision("bfloat16", 2, weights_of(model), int(free_gib * 2**30))],
     )
 
 
@@ -66,37 +68,38 @@ def test_the_counted_work_is_that_of_the_reference(
 
 
 @pytest.mark.parametrize(
-    ("size", "free", "pieces"),
+    ("vae", "size", "free", "pieces"),
     [
-        ((1920, 1080), 80, "2 latents a call, whole frames"),
+        ("wan", (1920, 1080), 80, "2 latents a call, whole frames"),
+        ("tiny", (1920, 1080), 80, "2 latents a call, whole frames"),
         pytest.param(
-            *((1920, 1080), 16, "1 latents a call, tiles of 1024 pixels, in turns with the transformer"),
+            *("wan", (1920, 1080), 16, "1 latent a call, tiles of 1024 pixels, in turns with the transformer"),
             marks=pytest.mark.slow,
         ),
         pytest.param(
-            *((3840, 2160), 48, "1 latents a call, tiles of 1536 pixels, in turns with the transformer"),
+            *("wan", (3840, 2160), 48, "1 latent a call, tiles of 1536 pixels, in turns with the transformer"),
             marks=pytest.mark.slow,
         ),
     ],
 )
-def test_the_planned_memory_bounds_what_is_counted(
-    shallow: OneStepModel, size: tuple[int, int], free: float, pieces: str
-) -> None:
+def test_the_planned_memory_bounds_what_is_counted(vae: str, size: tuple[int, int], free: float, pieces: str) -> None:
     """Tensors of the true widths without values; the kernels' own memory is not seen."""
-    chosen = planned(shallow, size, free)
+    model = two_layers(vae)
+    chosen = planned(model, size, free)
     assert chosen.pieces == pieces
     assert chosen.memory_bytes <= free * 2**30
-    upscaler, options = Upscaler(shallow), UpscaleOptions(size=size)
+    upscaler, options = Upscaler(model), UpscaleOptions(size=size)
+    both_there = replace(chosen, offload=False)  # as on the meta device
 
     def restore() -> object:
         lq = torch.empty(1, 3, 21, size[1], size[0], device="meta")
-        return upscaler.restore_lq(lq, 0, (None,) * len(chosen.tiles), chosen, options)
+        return upscaler.restore_lq(lq, 0, (None,) * len(chosen.tiles), both_there, options)
 
     _, work = count(restore)
     assert work.most_elements < 2**31
-    both_there = replace(chosen, offload=False)  # as on the meta device
-    bound = plan.planned_bytes(both_there, shallow.preset, 2, weights_of(shallow)) - plan.BASE_BYTES
-    assert work.peak_bytes <= bound <= 1.15 * work.peak_bytes
+    bound = plan.planned_bytes(both_there, model.preset, 2, weights_of(model)) - plan.BASE_BYTES
+    loose = 1.15 if vae == "wan" else 1.4  # TinyVAE's bound holds what a CPU's kernels take, too
+    assert work.peak_bytes <= bound <= loose * work.peak_bytes
 
 
 def test_cards_of_every_size_get_a_plan(paper: OneStepModel) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from duovsr.cli.parameters import Device, Dtype, Json, Model, parse_size
+from duovsr.cli.parameters import Device, Dtype, Json, Model, Vae, parse_size
 from duovsr.cli.show import print_json, say, show, show_scores
 from duovsr.errors import EXIT_WARNINGS, UsageError
 from duovsr.options import UpscaleOptions
@@ -19,6 +19,7 @@ def bench(
     model: Model = "tiny",
     device: Device = "auto",
     dtype: Dtype = "auto",
+    vae: Vae = None,
     repeat: Annotated[int, typer.Option(min=1, help="Measured runs; the median is shown.")] = 3,
     random_weights: Annotated[
         bool, typer.Option("--random-weights", help="One call of the preset's networks, against their counted work.")
@@ -39,13 +40,15 @@ def bench(
         if clip is not None:
             raise UsageError("--random-weights measures a clip of its own", hint=f"leave out `{clip}`")
         target = parse_size(size or "1920x1080")
-        show(
-            run_workload(model, target, frames or 21, device=device, dtype=dtype, window=window, repeat=repeat), as_json
-        )
+        count = 21 if frames is None else frames
+        result = run_workload(model, target, count, device=device, dtype=dtype, window=window, repeat=repeat, vae=vae)
+        show(result, as_json)
         return
     if (size, frames, window) != (None, None, None):
         raise UsageError("--size, --frames and --window are for --random-weights", hint="add it, or use --scale")
-    result = run_bench(clip, UpscaleOptions(scale=scale), model=model, device=device, dtype=dtype, repeat=repeat)
+    result = run_bench(
+        clip, UpscaleOptions(scale=scale), model=model, device=device, dtype=dtype, repeat=repeat, vae=vae
+    )
     show(result, as_json)
 
 

@@ -10,7 +10,8 @@ from duovsr.errors import UsageError
 
 Model = Annotated[str, typer.Option(help="A preset, a folder, or owner/name@revision: see `duovsr models`.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")]
-Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
+Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16, float16; int8, fp8: the transformer's weights.")]
+Vae = Annotated[str | None, typer.Option(help="wan or tiny. Default: the model's own autoencoder.")]
 Json = Annotated[bool, typer.Option("--json", help="Print a report as JSON to stdout.")]
 
 

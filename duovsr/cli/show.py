@@ -60,7 +60,10 @@ def show_plan(plan: Plan, frames: int | None, seconds: float, streams: bool, as_
         print_json({**plan.to_json(), **measured})
         return
     (width, height), (target_width, target_height) = plan.source_size, plan.target_size
-    state = "state carried over" if plan.overlap is None else f"independent, {plan.overlap} frames of warm-up"
+    if plan.fade:
+        state = f"{plan.fade} frames cross-faded with the chunk before"
+    else:
+        state = "state carried over" if plan.overlap is None else f"independent, {plan.overlap} frames of warm-up"
     tile = plan.tiles[0]
     tiles = "whole frames" if len(plan.tiles) == 1 else f"{len(plan.tiles)} of up to {tile.width}x{tile.height}"
     lines = {

@@ -12,7 +12,7 @@ import typer
 
 from duovsr.cli.file import upscale_file
 from duovsr.cli.folder import upscale_folder
-from duovsr.cli.parameters import Device, Dtype, Json, Model, parse_size
+from duovsr.cli.parameters import Device, Dtype, Json, Model, Vae, parse_size
 from duovsr.errors import UsageError
 from duovsr.options import Position, UpscaleOptions
 
@@ -40,6 +40,7 @@ def upscale(
     model: Model = "tiny",
     device: Device = "auto",
     dtype: Dtype = "auto",
+    vae: Vae = None,
     seed: Annotated[int, typer.Option(help="Seed of the noise that detail is drawn from.")] = 0,
     strength: Annotated[
         float | None, typer.Option(help="0: faithful, 1: full detail. Default: the model's own.")
@@ -47,7 +48,9 @@ def upscale(
     chunk: Annotated[int | None, typer.Option(help="Frames a model call. Default: by memory.")] = None,
     overlap: Annotated[
         int | None,
-        typer.Option(help="Make chunks independent, each warmed up by so many frames. Default: state is carried over."),
+        typer.Option(
+            help="Begin chunks anew, so many frames early. Default: state is carried over; 1.3b cannot, and has 4."
+        ),
     ] = None,
     tile: Annotated[str, typer.Option(help="Side of a tile in output pixels, `auto` or `off`.")] = "auto",
     window: Annotated[
@@ -56,6 +59,9 @@ def upscale(
             metavar="PIXELS", help="Look no further than windows of this side. For models of full attention (1.3b)."
         ),
     ] = None,
+    attention: Annotated[
+        str, typer.Option(help="auto, triton, cudnn, sdpa or xformers. auto: the fastest, as measured.")
+    ] = "auto",
     color: Annotated[str, typer.Option(help="Colour transfer from the source: wavelet, adain or none.")] = "wavelet",
     start: Annotated[str | None, typer.Option(help="Where to begin: 90.5, 0:01:30.5, or a frame: 2250f.")] = None,
     end: Annotated[str | None, typer.Option(help="The first time or frame that is not wanted.")] = None,
@@ -112,7 +118,7 @@ def upscale(
         restart=restart,
         overwrite=overwrite,
     )
-    load = partial(_load, model, device, dtype, window)
+    load = partial(_load, model, device, dtype, vae, window, attention)
     from duovsr.engine.batch import Selection, is_batch
 
     selection = Selection(recursive, pattern, suffix)
@@ -126,10 +132,10 @@ def upscale(
         upscale_file(source, destination, options, load, dry_run, as_json)
 
 
-def _load(model: str, device: str, dtype: str, window: int | None) -> Upscaler:
+def _load(model: str, device: str, dtype: str, vae: str | None, window: int | None, attention: str) -> Upscaler:
     from duovsr.engine.upscaler import Upscaler
 
-    return Upscaler.from_preset(model, device=device, dtype=dtype, window=window)
+    return Upscaler.from_preset(model, device=device, dtype=dtype, window=window, vae=vae, attention=attention)
 
 
 def _parse_tile(text: str) -> int | None:

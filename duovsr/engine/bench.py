@@ -11,7 +11,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from duovsr.engine.files import StageTimes
 from duovsr.engine.memory import synchronize
 from duovsr.engine.plan import TEMPORAL_FACTOR, Plan
-from duovsr.engine.upscaler import Upscaler, choose_device, choose_dtype, with_window
+from duovsr.engine.upscaler import Upscaler, choose_device
 from duovsr.errors import UsageError
 from duovsr.model.layers import channels_last
 from duovsr.model.one_step import OneStepModel, new_autoencoder
@@ -38,11 +38,18 @@ _SYNTHETIC_FRAMES = 33
 
 
 def run_bench(
-    clip: Path | None, options: UpscaleOptions, *, model: str, device: str, dtype: str, repeat: int
+    clip: Path | None,
+    options: UpscaleOptions,
+    *,
+    model: str,
+    device: str,
+    dtype: str,
+    repeat: int,
+    vae: str | None,
 ) -> dict[str, Any]:
     """Medians over `repeat` runs after one warm-up. With a clip: from file to file, in a temporary folder."""
     began = time.perf_counter()
-    upscaler = Upscaler.from_preset(model, device=device, dtype=dtype)
+    upscaler = Upscaler.from_preset(model, device=device, dtype=dtype, vae=vae)
     load = time.perf_counter() - began
     run = partial(_run_file, upscaler, clip, options) if clip else partial(_run_synthetic, upscaler, options)
     runs = [run() for _ in range(repeat + 1)]
@@ -58,7 +65,7 @@ def run_bench(
         "peak_rss_gib": peak_rss() / 2**30,
         "peak_device_gib": _peak_device_memory(upscaler.model.device),
         "machine": describe_machine(upscaler.model.device),
-        "dtype": str(upscaler.model.dtype).removeprefix("torch."),
+        "dtype": upscaler.model.precision,
     }
 
 
@@ -84,7 +91,15 @@ class WatchedModel(OneStepModel):
 
 
 def run_workload(
-    model: str, size: tuple[int, int], frames: int, *, device: str, dtype: str, window: int | None, repeat: int
+    model: str,
+    size: tuple[int, int],
+    frames: int,
+    *,
+    device: str,
+    dtype: str,
+    window: int | None,
+    repeat: int,
+    vae: str | None,
 ) -> dict[str, Any]:
     """One clip of `frames` frames, restored to `size` (width, height) in one call by a model of random weights.
 
@@ -93,16 +108,17 @@ def run_workload(
     """
     if model not in PRESETS:
         raise UsageError(f"unknown preset: `{model}`", hint=f"random weights are made for {', '.join(PRESETS)}")
-    if frames % TEMPORAL_FACTOR != 1:
+    if frames < 1 or frames % TEMPORAL_FACTOR != 1:
         raise UsageError(f"unsupported number of frames: `{frames}`", hint="use 4k + 1 frames: 5, 9, ... 21")
-    chosen = choose_device(device)
-    random = random_model(PRESETS[model], chosen, choose_dtype(dtype, chosen))
-    if window is not None:
-        random = with_window(random, window)
+    chosen, preset = choose_device(device), PRESETS[model].with_vae(vae)
     seconds: dict[str, float] = defaultdict(float)
-    upscaler = Upscaler(WatchedModel(**vars(random), watch=_clock(seconds, chosen)))
+
+    def watched(kind: torch.dtype) -> WatchedModel:
+        return WatchedModel(**vars(random_model(preset, chosen, kind)), watch=_clock(seconds, chosen))
+
+    upscaler = Upscaler.loaded(watched, dtype, chosen, window)
     options = UpscaleOptions(
-        size=size, chunk=max(frames - 1, TEMPORAL_FACTOR), overlap=None if random.preset.transformer.streams else 0
+        size=size, chunk=max(frames - 1, TEMPORAL_FACTOR), overlap=None if preset.transformer.streams else 0
     )
     width, height = (-(-side // 4) for side in size)
     plan = upscaler.plan(width, height, options)
@@ -116,7 +132,7 @@ def run_workload(
         total = time.perf_counter() - began
         runs.append({**seconds, "color": stages.color, "copies": stages.copies, "total": total})
     medians = {stage: statistics.median(run[stage] for run in runs[1:]) for stage in runs[0]}
-    tflop = {phase: flops / 1e12 for phase, flops in count_flops(random, plan, options, frames).items()}
+    tflop = {phase: flops / 1e12 for phase, flops in count_flops(upscaler.model, plan, options, frames).items()}
     return {
         "workload": f"{model}, random weights, {frames} frames of {size[0]}x{size[1]}",
         "plan": plan.to_json(),
@@ -145,7 +161,7 @@ def random_model(preset: Preset, device: torch.device, dtype: torch.dtype) -> On
             else:
                 tensor.fill_(0 if name.endswith("bias") else 1)
     transformer, vae, prompt = parts
-    return OneStepModel(preset, transformer, channels_last(vae), prompt.tokens(1))
+    return OneStepModel(preset, transformer, channels_last(vae), prompt.tokens(1), digest="random")
 
 
 def count_flops(model: OneStepModel, plan: Plan, options: UpscaleOptions, frames: int) -> dict[str, int]:
@@ -187,13 +203,13 @@ def peak_rss() -> int:
 
 def seconds_per_frame(upscaler: Upscaler, plan: Plan, options: UpscaleOptions) -> float:
     """Measured on one steady chunk of the plan; decoding and encoding run beside it and are not in it."""
-    times: list[float] = []
-    frames = _moving_noise(*plan.source_size, 2 * plan.chunk + 1)
-    last = time.perf_counter()
-    for _ in upscaler.stream(frames, options):
-        times.append(time.perf_counter() - last)
-        last = time.perf_counter()
-    return sum(times[plan.chunk + 1 :]) / plan.chunk
+    frames = _moving_noise(*plan.source_size, 2 * plan.chunk + (plan.overlap or 0) + 1)
+    states, seconds, stages = None, 0.0, StageTimes()
+    for chunk in upscaler.chunks(frames, plan, replace(options, scene_cuts=False), stages):
+        began = time.perf_counter()
+        _, states = upscaler.restore_chunk(chunk, states, plan, options, stages, [])
+        seconds = time.perf_counter() - began
+    return seconds / plan.chunk
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:

@@ -1,13 +1,33 @@
-"""Merging tiles: a linear cross-fade over their overlap."""
+"""Merging tiles, and chunks that start anew: a linear cross-fade over what they have in common."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from duovsr.engine.plan import Tile
+
+
+@dataclass(frozen=True)
+class Tail:
+    """Results (T, H, W, 3) at the end of a chunk that the next one starts with, too."""
+
+    frames: Tensor
+
+
+def cross_fade(tail: Tail, frames: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """From the tail to frames (H, W, 3) of the same times and type, in equal steps: a difference of the two that would
+    be one jump is spread over a step more than there are frames."""
+    faded = []
+    for i, (before, after) in enumerate(zip(tail.frames.cpu().numpy(), frames, strict=True)):
+        share = np.float32((i + 1) / (len(frames) + 1))
+        mixed = before + share * (after.astype(np.float32) - before)
+        faded.append((np.rint(mixed) if np.issubdtype(after.dtype, np.integer) else mixed).astype(after.dtype))
+    return faded
 
 
 def blend_tiles(parts: Iterable[Tensor], tiles: tuple[Tile, ...], width: int, height: int, overlap: int) -> Tensor:

@@ -16,20 +16,21 @@ from torch import nn
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 _UNKNOWN_MEMORY = 4 * 2**30  # Windows: assume a small machine
-_PART = 0.6  # of the free memory may be planned for: other processes, fragmentation
+_PART = 0.6  # of the free memory beside the weights may be planned for: other processes, fragmentation
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that a plan may spend on `device`."""
+    """Bytes that nobody holds on `device`."""
     if device.type == "cuda":
-        return spendable(torch.cuda.mem_get_info(device)[0])
+        return torch.cuda.mem_get_info(device)[0]
     if device.type == "mps":
-        return spendable(torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory())
-    return spendable(_free_host_memory())
+        return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+    return _free_host_memory()
 
 
-def spendable(free_bytes: int) -> int:
-    return int(free_bytes * _PART)
+def spendable(free_bytes: int, weights: int) -> int:
+    """What a plan may spend where so much would be free without the weights."""
+    return weights + int((free_bytes - weights) * _PART)
 
 
 def _free_host_memory() -> int:
@@ -82,11 +83,15 @@ def weight_bytes(module: nn.Module) -> int:
     return sum(tensor.nbytes for tensor in chain(module.parameters(), module.buffers()))
 
 
+def place(module: nn.Module, device: torch.device) -> None:
+    """Move the weights to `device`."""
+    module.load_state_dict({name: tensor.to(device) for name, tensor in module.state_dict().items()}, assign=True)
+
+
 def to_host(module: nn.Module) -> None:
-    """Move the weights to host memory: page-locked, where the GPU fetches them at the full speed of the bus."""
-    weights = module.state_dict()
-    if any(tensor.is_cuda for tensor in weights.values()):
-        module.load_state_dict({name: tensor.cpu().pin_memory() for name, tensor in weights.items()}, assign=True)
+    """Move the weights to page-locked host memory, where a GPU fetches them at the full speed of the bus."""
+    home = {name: t if t.is_pinned() else t.cpu().pin_memory() for name, t in module.state_dict().items()}
+    module.load_state_dict(home, assign=True)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from duovsr.engine.blend import blend_tiles
-from duovsr.engine.memory import lent, to_host
+from duovsr.engine.memory import lent, place, to_host
 from duovsr.engine.plan import TEMPORAL_FACTOR, VAE_TILE_OVERLAP, Plan, Tile, plan_tiles
 from duovsr.model.one_step import OneStepModel
 from duovsr.model.tiny_vae import SPATIAL_FACTOR
@@ -27,9 +27,11 @@ def restore_clip(
 
     `origin`: see `OneStepModel.restore`. Returns frames like `lq`, not clamped.
     """
-    if plan.offload:
-        to_host(model.transformer)
-        to_host(model.vae)
+    for part in (model.transformer, model.vae):
+        if plan.offload:
+            to_host(part)
+        else:
+            place(part, model.device)
     height, width = lq.shape[3:]
     tiles = plan_tiles(width, height, plan.vae_tile, VAE_TILE_OVERLAP)
     if strength == 0:
@@ -79,9 +81,9 @@ def _decode_tile(model: OneStepModel, z: Tensor | None, lq: Tensor, latents: int
 
 
 def _calls(frames: int, latents: int) -> list[tuple[slice, slice]]:
-    """Calls of so many latents (0: all) on a clip of 4k + 1 frames, as (latents, frames): latent 0 has one frame."""
+    """Calls of so many latents on a clip of 4k + 1 frames, as (latents, frames): latent 0 has one frame."""
     total = (frames - 1) // TEMPORAL_FACTOR + 1
-    edges = [*range(0, total, latents or total), total]
+    edges = [*range(0, total, latents), total]
     return [(slice(a, b), slice(max(0, TEMPORAL_FACTOR * a - 3), TEMPORAL_FACTOR * b - 3)) for a, b in pairwise(edges)]
 
 

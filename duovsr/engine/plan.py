@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -16,11 +16,12 @@ TILE_OVERLAP = 256
 MIN_TILE = 2 * TILE_OVERLAP
 DEFAULT_CHUNK = {"cpu": 4, "cuda": 16, "mps": 8}  # a CPU is faster on what its caches hold
 
-# A model that does not stream restores clips of 21 frames, on which the paper times its own: 16 new ones, and 5 whose
-# results are dropped: one latent's 4 frames of warm-up, and the frame that the autoencoder's start holds alone.
+# A model that does not stream restores clips of 21 frames, on which the paper times its own: 16 new ones, and 5 that
+# the clip before ended with: one latent's 4 frames, and the frame that the autoencoder's start holds alone. Over these
+# 5 the results of the two clips are cross-faded.
 CLIP_CHUNKS, CLIP_OVERLAP = (16, 8), 4
 
-# Wan2.1's autoencoder works in tiles of its own, on which the transformer does not depend.
+# Its autoencoder works in tiles of its own, on which the transformer does not depend.
 VAE_TILES = (1536, 1024, 768, 512, 384, 256)  # output pixels a side
 VAE_TILE_OVERLAP = 128
 VAE_LATENTS = 2  # a call, or 1 where memory is short
@@ -66,6 +67,16 @@ class WeightBytes:
 
 
 @dataclass(frozen=True)
+class Precision:
+    """A way to hold the weights, and what a plan may spend with them so held."""
+
+    name: str  # a dtype, or 8 bits of the transformer's
+    value_bytes: int  # of the dtype that is computed with
+    weights: WeightBytes
+    free_bytes: int  # the weights' own included
+
+
+@dataclass(frozen=True)
 class Plan:
     """How a clip is worked on. The same plan gives the same pixels; it is what `--dry-run` prints."""
 
@@ -73,21 +84,28 @@ class Plan:
     target_size: tuple[int, int]
     padded_size: tuple[int, int]
     chunk: int  # frames a model call, a multiple of 4 (one more at a scene's start)
-    overlap: int | None  # warm-up frames of independent chunks; None: state is carried from chunk to chunk
+    overlap: int | None  # warm-up frames of chunks that start anew; None: state is carried from chunk to chunk
+    fade: int  # frames at a chunk's start that are cross-faded with the end of the chunk before; 0: none
     tiles: tuple[Tile, ...]
     device: str
-    dtype: str
+    dtype: str  # how the weights are held: `Precision.name`
     memory_bytes: int  # estimated peak
     vae_tile: int = 0  # output pixels a side of the autoencoder's own tiles; 0: those of the model
-    vae_latents: int = 0  # of a call of the autoencoder; 0: all of the chunk
+    vae_latents: int = 0  # of a call of the autoencoder, of a model that does not stream
     offload: bool = False  # the transformer and the autoencoder take turns on the device
+
+    @property
+    def independent(self) -> bool:
+        """Whether a chunk takes nothing over from the one before."""
+        return self.overlap is not None and not self.fade
 
     @property
     def pieces(self) -> str:
         """How the autoencoder of a model that does not stream works, in words."""
-        calls = f"{self.vae_latents} latents a call" if self.vae_latents else "whole clips"
         tiles = f"tiles of {self.vae_tile} pixels" if self.vae_tile else "whole frames"
-        return f"{calls}, {tiles}" + (", in turns with the transformer" if self.offload else "")
+        return f"{self.vae_latents} latent{'s' * (self.vae_latents > 1)} a call, {tiles}" + (
+            ", in turns with the transformer" if self.offload else ""
+        )
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -106,37 +124,44 @@ def plan_clip(
     preset: Preset,
     *,
     device: str,
-    dtype: str,
-    dtype_bytes: int,
-    free_bytes: int,
-    weights: WeightBytes,
+    precisions: Sequence[Precision],
 ) -> Plan:
-    """Plan a clip of `width` x `height` frames for a device with `free_bytes` to spend, the weights' own included.
+    """Plan a clip of `width` x `height` frames.
 
-    Of the ways to work, the best and fastest that fits, or the smallest. Raises UsageError where `options` ask for the
-    impossible.
+    Of the ways to work with the first of `precisions`, the best and fastest that fits; else of those with the next; or
+    the smallest with the last. Raises UsageError where `options` ask for the impossible.
     """
     target = options.target_size(width, height)
     if options.tile is not None and 0 < options.tile < MIN_TILE:
         raise UsageError(f"unsupported tile: `{options.tile}`", hint=f"use `auto`, `off` or {MIN_TILE} pixels and more")
     streams = preset.transformer.streams
     overlap = CLIP_OVERLAP if options.overlap is None and not streams else options.overlap
+    overlap = None if overlap is None else _round_up(overlap, TEMPORAL_FACTOR)
     plan = Plan(
         source_size=(width, height),
         target_size=target,
         padded_size=(_round_up(target[0], PAD_MULTIPLE), _round_up(target[1], PAD_MULTIPLE)),
         chunk=TEMPORAL_FACTOR,
-        overlap=None if overlap is None else _round_up(overlap, TEMPORAL_FACTOR),
+        overlap=overlap,
+        fade=0 if overlap is None or streams else overlap + 1,
         tiles=(),
         device=device,
-        dtype=dtype,
+        dtype="",
         memory_bytes=0,
     )
-    for way in _stream_ways(plan, options) if streams else _clip_ways(plan, options, preset):
-        plan = replace(way, memory_bytes=planned_bytes(way, preset, dtype_bytes, weights))
-        if plan.memory_bytes <= free_bytes:
-            break
-    return plan
+    chosen = None
+    for precision in precisions:
+        for way in _stream_ways(plan, options) if streams else _clip_ways(plan, options, preset):
+            memory = planned_bytes(way, preset, precision.value_bytes, precision.weights)
+            chosen = replace(way, dtype=precision.name, memory_bytes=memory)
+            if memory <= precision.free_bytes:
+                return chosen
+    if chosen is None:
+        raise UsageError(
+            f"model calls too large to compute: {target[0]}x{target[1]} in whole frames or tiles as asked for",
+            hint="use a smaller `--tile` or `--chunk`, or leave them out",
+        )
+    return chosen
 
 
 def _stream_ways(plan: Plan, options: UpscaleOptions) -> Iterator[Plan]:
@@ -149,7 +174,7 @@ def _stream_ways(plan: Plan, options: UpscaleOptions) -> Iterator[Plan]:
 
 def _clip_ways(plan: Plan, options: UpscaleOptions, preset: Preset) -> Iterator[Plan]:
     """Smaller pieces for the autoencoder, then shorter clips, then smaller tiles for the transformer, too."""
-    plan = replace(plan, vae_latents=VAE_LATENTS if isinstance(preset.vae, WanVAEConfig) else 0)
+    plan = replace(plan, vae_latents=VAE_LATENTS)
     for side in _tile_sides(plan, options):
         for chunk in _chunks(options, CLIP_CHUNKS):
             way: Plan | None = replace(plan, chunk=chunk, tiles=plan_tiles(*plan.padded_size, side))
@@ -167,7 +192,7 @@ def with_smaller_pieces(plan: Plan) -> Plan | None:
         return replace(plan, offload=True)
     side = max(plan.tiles[0].width, plan.tiles[0].height)
     smaller = [tile for tile in VAE_TILES if tile < min(plan.vae_tile or side, side)]
-    return replace(plan, vae_tile=smaller[0]) if plan.vae_latents and smaller else None
+    return replace(plan, vae_tile=smaller[0]) if smaller else None
 
 
 def step_down(plan: Plan) -> Plan | None:
@@ -176,6 +201,13 @@ def step_down(plan: Plan) -> Plan | None:
     smaller = max(MIN_TILE, (side - 1) // 2 // TILE_ALIGN * TILE_ALIGN)
     tiles = replace(plan, tiles=plan_tiles(*plan.padded_size, smaller)) if smaller < side else None
     return with_smaller_pieces(plan) or tiles
+
+
+def shorter_calls(plan: Plan) -> Plan | None:
+    """`step_down` for a model that streams: a chunk is done in several calls, each with the state of the one before."""
+    length = plan.chunk + (plan.overlap or 0)
+    shorter = max(TEMPORAL_FACTOR, length // 2 // TEMPORAL_FACTOR * TEMPORAL_FACTOR)
+    return replace(plan, chunk=shorter, overlap=None) if shorter < length else None
 
 
 def planned_bytes(plan: Plan, preset: Preset, dtype_bytes: int, weights: WeightBytes) -> int:
@@ -191,7 +223,7 @@ def planned_bytes(plan: Plan, preset: Preset, dtype_bytes: int, weights: WeightB
         a_pixel = max(state + latent * plan.vae_latents for state, latent in (WAN_ENCODE, WAN_DECODE))
         vae = _vae_pixels(plan) * preset.vae.dim * a_pixel * dtype_bytes
     else:
-        vae = tile * frames * MODEL_BYTES[dtype_bytes]
+        vae = _vae_pixels(plan) * (TEMPORAL_FACTOR * plan.vae_latents + 1) * MODEL_BYTES[dtype_bytes]
     host = frame * BYTES_PER_PIXEL if plan.device == "cpu" else 0
     around = BASE_BYTES + host + frame * frames * CLIP_BYTES
     if plan.offload:

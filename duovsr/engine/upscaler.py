@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import TypeVar
@@ -14,65 +15,87 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from duovsr.engine import files
-from duovsr.engine.blend import blend_tiles
+from duovsr.engine.blend import Tail, blend_tiles, cross_fade
 from duovsr.engine.chunks import Chunk, cut_into_chunks
 from duovsr.engine.color import transfer_color
 from duovsr.engine.files import StageTimes, UpscaleReport
-from duovsr.engine.jobs import States
-from duovsr.engine.memory import (
-    free_memory,
-    is_out_of_memory,
-    keep_freed_memory,
-    release_memory,
-    synchronize,
-    weight_bytes,
-)
+from duovsr.engine.frames import checked, to_arrays, to_numpy, to_tensor
+from duovsr.engine.jobs import States, TileStates
+from duovsr.engine.memory import is_out_of_memory, keep_freed_memory, release_memory, synchronize
 from duovsr.engine.phases import restore_clip
-from duovsr.engine.plan import PAD_MULTIPLE, TEMPORAL_FACTOR, TILE_OVERLAP, Plan, WeightBytes, plan_clip, step_down
-from duovsr.errors import InputError, OutOfMemoryError, UsageError
+from duovsr.engine.plan import TEMPORAL_FACTOR, TILE_OVERLAP, Plan, plan_clip, shorter_calls, step_down
+from duovsr.engine.precision import precisions_of, with_window
+from duovsr.errors import OutOfMemoryError, UsageError
 from duovsr.model.one_step import OneStepModel, RestoreState
+from duovsr.model.quantise import EIGHT_BITS
 from duovsr.model.resize import resize_frames
-from duovsr.options import Progress, UpscaleOptions
+from duovsr.options import DTYPES, Progress, UpscaleOptions
 from duovsr.weights import load_model
 
 FrameArray = TypeVar("FrameArray", np.ndarray, Tensor)
 
 
 class Upscaler:
-    """A loaded one-step model. Streams hold their own state: several may run from one model."""
+    """A loaded one-step model. Streams hold their own state: several may run from one model.
 
-    def __init__(self, model: OneStepModel) -> None:
+    `precisions`: ways to hold the weights, of which a plan takes the first that leaves enough memory; `load` makes the
+    model so held. Without them the model stays as it is.
+    """
+
+    def __init__(
+        self,
+        model: OneStepModel,
+        load: Callable[[str], OneStepModel] | None = None,
+        precisions: tuple[str, ...] = (),
+    ) -> None:
         self.model = model
+        self.precisions = precisions or (model.precision,)
+        self._load = load
+        self._fitting: dict[Plan, Plan] = {}  # what plans had to give way to, where memory ran out
 
     @classmethod
     def from_preset(
-        cls, name: str = "tiny", *, device: str = "auto", dtype: str = "auto", window: int | None = None
+        cls,
+        name: str = "tiny",
+        *,
+        device: str = "auto",
+        dtype: str = "auto",
+        window: int | None = None,
+        vae: str | None = None,
+        attention: str = "auto",
     ) -> Upscaler:
         """Load a model. On Linux CPUs this also tells glibc, for the whole process, to keep freed memory.
 
-        `device`: auto, cpu, cuda or mps; `dtype`: auto, float32, bfloat16 or float16; `window`: see `with_window`.
-        Raises UsageError for what this machine does not have, InputError for missing or altered model files.
+        `device`: auto, cpu, cuda or mps; `dtype`: auto, float32, bfloat16 or float16, or int8 or fp8 for the
+        transformer's weights alone; `window`: see `with_window`; `vae`: wan or tiny, if not the model's own;
+        `attention`: triton, cudnn, sdpa or xformers, if not the fastest. Raises UsageError for what this machine or
+        the model does not have, InputError for missing or altered model files.
         """
         chosen = choose_device(device)
         keep_freed_memory(chosen)
-        model = load_model(name, chosen, choose_dtype(dtype, chosen))
-        return cls(model if window is None else with_window(model, window))
+        return cls.loaded(lambda kind: load_model(name, chosen, kind, vae), dtype, chosen, window, attention)
+
+    @classmethod
+    def loaded(
+        cls,
+        make: Callable[[torch.dtype], OneStepModel],
+        dtype: str,
+        device: torch.device,
+        window: int | None,
+        attention: str = "auto",
+    ) -> Upscaler:
+        """With the model that `make` makes in a dtype, and anew where a plan wants its weights held otherwise."""
+        load = partial(_held, make, device, window, attention)
+        compute = str(choose_dtype(dtype, device)).removeprefix("torch.")
+        model = load(dtype if dtype in EIGHT_BITS else compute)
+        short = dtype == "auto" and not model.preset.transformer.streams  # weights are most of what these take
+        return cls(model, load, (model.precision, "int8") if short else (model.precision,))
 
     def plan(self, width: int, height: int, options: UpscaleOptions) -> Plan:
         """The plan for a clip of `width` x `height` frames."""
         model = self.model
-        weights = WeightBytes(weight_bytes(model.transformer), weight_bytes(model.vae))
-        return plan_clip(
-            width,
-            height,
-            options,
-            model.preset,
-            device=model.device.type,
-            dtype=str(model.dtype).removeprefix("torch."),
-            dtype_bytes=model.dtype.itemsize,
-            free_bytes=free_memory(model.device) + weights.transformer + weights.vae,
-            weights=weights,
-        )
+        precisions = precisions_of(model, self.precisions)
+        return plan_clip(width, height, options, model.preset, device=model.device.type, precisions=precisions)
 
     def stream(self, frames: Iterable[FrameArray], options: UpscaleOptions | None = None) -> Iterator[FrameArray]:
         """Upscale frames as they come.
@@ -84,7 +107,7 @@ class Upscaler:
         options = options or UpscaleOptions()
         source = iter(frames)
         for first in source:
-            arrays = _checked(_to_numpy(frame) for frame in chain([first], source))
+            arrays = checked(to_numpy(frame) for frame in chain([first], source))
             array = next(arrays)
             plan = self.plan(array.shape[1], array.shape[0], options)
             for output in self.restore(chain([array], arrays), plan, options, StageTimes(), []):
@@ -113,7 +136,7 @@ class Upscaler:
         self, frames: Iterable[np.ndarray], plan: Plan, options: UpscaleOptions, stages: StageTimes
     ) -> Iterator[Chunk]:
         """`frames` in the chunks of `plan`; adds to `stages` what waiting for them took."""
-        chunks = cut_into_chunks(frames, plan.chunk, plan.overlap, scene_cuts=options.scene_cuts)
+        chunks = cut_into_chunks(frames, plan.chunk, plan.overlap, fade=plan.fade, scene_cuts=options.scene_cuts)
         while True:
             before = time.perf_counter()
             chunk = next(chunks, None)
@@ -131,14 +154,22 @@ class Upscaler:
         stages: StageTimes,
         notices: list[str],
     ) -> tuple[list[np.ndarray], States]:
-        """(target height, target width, 3) arrays of the chunk's type, and the states for the next chunk.
+        """`chunk.shown` arrays (target height, target width, 3) of the chunk's type, and the states for the next chunk.
 
         Adds to `stages` what it spends, and to `notices` every step down. Raises OutOfMemoryError after the last.
         """
-        if states is None or chunk.fresh:
-            states = (None,) * len(plan.tiles)
-        outputs, states = self._step_down(chunk, states, plan, options, stages, notices)
-        return outputs[chunk.warm_up : len(chunk.frames)], states
+        if plan.dtype != self.precisions[0]:
+            _note(notices, f"memory is short: the transformer's weights are held as {plan.dtype}")
+        self._hold(plan.dtype)
+        before: TileStates = (None,) * len(plan.tiles)
+        if isinstance(states, tuple) and not chunk.fresh:
+            before = states
+        outputs, after = self._step_down(chunk, before, plan, options, stages, notices)
+        if chunk.fade:
+            assert isinstance(states, Tail)
+            outputs[: chunk.fade] = cross_fade(states, outputs[: chunk.fade])
+        end = chunk.warm_up + chunk.shown
+        return outputs[chunk.warm_up : end], _tail(outputs[end:]) if plan.fade else after
 
     def restore(
         self, frames: Iterable[np.ndarray], plan: Plan, options: UpscaleOptions, stages: StageTimes, notices: list[str]
@@ -149,52 +180,59 @@ class Upscaler:
             outputs, states = self.restore_chunk(chunk, states, plan, options, stages, notices)
             yield from outputs
 
-    def _step_down(
-        self, chunk: Chunk, states: States, plan: Plan, options: UpscaleOptions, stages: StageTimes, notices: list[str]
-    ) -> tuple[list[np.ndarray], States]:
-        """Restore a chunk; where memory runs out, with less of it."""
-        try:
-            return self._restore_chunk(chunk, states, plan, options, stages)
-        except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
-                raise
-        release_memory(self.model.device)
-        if self.model.preset.transformer.streams:
-            return self._in_halves(chunk, states, plan, options, stages, notices)
-        smaller = step_down(plan)
-        if smaller is None:
-            raise OutOfMemoryError(
-                f"out of {plan.device} memory with a chunk of {chunk.padded_length} frames",
-                hint="use a smaller `--chunk` or `--size`, or `--device cpu`",
-            )
-        tiles = "" if len(smaller.tiles) == 1 else f", {len(smaller.tiles)} tiles of all"
-        notice = f"memory ran out: the autoencoder went on with {smaller.pieces}{tiles}"
-        if notice not in notices:
-            notices.append(notice)
-        return self._step_down(chunk, (None,) * len(smaller.tiles), smaller, options, stages, notices)
+    def _hold(self, precision: str) -> None:
+        """Load the weights anew where they are held otherwise."""
+        if precision != self.model.precision:
+            assert self._load is not None, "a plan of another model"
+            del self.model  # its memory, before the next one takes it
+            self.model = self._load(precision)
 
-    def _in_halves(
-        self, chunk: Chunk, states: States, plan: Plan, options: UpscaleOptions, stages: StageTimes, notices: list[str]
-    ) -> tuple[list[np.ndarray], States]:
-        """Each half hands its state to the next."""
-        head = (chunk.padded_length // 2 - chunk.fresh) // TEMPORAL_FACTOR * TEMPORAL_FACTOR + chunk.fresh
-        if not 0 < head < chunk.padded_length:
-            raise OutOfMemoryError(
-                f"out of {plan.device} memory with a chunk of {chunk.padded_length} frames",
-                hint="use a smaller `--tile` (512 is the least) or `--device cpu`",
-            )
-        notice = f"memory ran out: chunks of {chunk.padded_length} frames were halved"
-        if notice not in notices:
-            notices.append(notice)
-        first, rest = chunk.split(head)
-        done, states = self._step_down(first, states, plan, options, stages, notices)
-        more, states = self._step_down(rest, states, plan, options, stages, notices)
-        return done + more, states
+    def _step_down(
+        self,
+        chunk: Chunk,
+        states: TileStates,
+        plan: Plan,
+        options: UpscaleOptions,
+        stages: StageTimes,
+        notices: list[str],
+    ) -> tuple[list[np.ndarray], TileStates]:
+        """Restore a chunk; where memory runs out, it and those after it with less."""
+        streams = self.model.preset.transformer.streams
+        fitting = self._fitting.get(plan, plan)
+        while True:
+            if fitting != plan:
+                _note(notices, f"memory ran out: {_how(fitting, streams)}")
+            try:
+                return self._in_calls(chunk, states, fitting, options, stages)
+            except (MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
+            release_memory(self.model.device)
+            smaller = shorter_calls(fitting) if streams else step_down(fitting)
+            if smaller is None:
+                self._fitting.pop(plan, None)  # at another time there may be more
+                hint = "a smaller `--tile` (512 is the least)" if streams else "a smaller `--chunk` or `--size`"
+                raise OutOfMemoryError(
+                    f"out of {plan.device} memory with a chunk of {chunk.padded_length} frames",
+                    hint=f"use {hint}, or `--device cpu`",
+                )
+            fitting = self._fitting[plan] = smaller
+
+    def _in_calls(
+        self, chunk: Chunk, states: TileStates, plan: Plan, options: UpscaleOptions, stages: StageTimes
+    ) -> tuple[list[np.ndarray], TileStates]:
+        if not self.model.preset.transformer.streams:
+            return self._restore_chunk(chunk, (None,) * len(plan.tiles), plan, options, stages)
+        outputs = []
+        for call in chunk.calls(plan.chunk + (plan.overlap or 0)):
+            done, states = self._restore_chunk(call, states, plan, options, stages)
+            outputs += done
+        return outputs, states
 
     @torch.inference_mode()
     def _restore_chunk(
-        self, chunk: Chunk, states: States, plan: Plan, options: UpscaleOptions, stages: StageTimes
-    ) -> tuple[list[np.ndarray], States]:
+        self, chunk: Chunk, states: TileStates, plan: Plan, options: UpscaleOptions, stages: StageTimes
+    ) -> tuple[list[np.ndarray], TileStates]:
         device, (width, height) = self.model.device, plan.target_size
         times = [time.perf_counter()]
 
@@ -203,7 +241,7 @@ class Upscaler:
             times.append(time.perf_counter())
             return times[-1] - times[-2]
 
-        lq = resize_frames(_to_tensor(chunk.padded_frames(), device), height, width)
+        lq = resize_frames(to_tensor(chunk.padded_frames(), device), height, width)
         stages.copies += measured()
         hq, next_states = self.restore_lq(lq, chunk.start, states, plan, options)
         stages.model += measured()
@@ -211,13 +249,13 @@ class Upscaler:
         for part, lq_part in zip(hq.split(TEMPORAL_FACTOR, 2), lq.split(TEMPORAL_FACTOR, 2), strict=True):
             colored = transfer_color(part, lq_part, options.color)  # of a few frames at once, which bounds its memory
             stages.color += measured()
-            outputs += _to_arrays(colored, chunk.frames[0].dtype)
+            outputs += to_arrays(colored, chunk.frames[0].dtype)
             stages.copies += measured()
-        return outputs, next_states
+        return outputs[: len(chunk.frames)], next_states
 
     def restore_lq(
-        self, lq: Tensor, start: int, states: States, plan: Plan, options: UpscaleOptions
-    ) -> tuple[Tensor, States]:
+        self, lq: Tensor, start: int, states: TileStates, plan: Plan, options: UpscaleOptions
+    ) -> tuple[Tensor, TileStates]:
         """HQ frames, not clamped, of LQ frames (1, 3, T, H, W) at the target size; and the tiles' next states.
 
         `start`: how many frames after the scene's the first one is.
@@ -243,23 +281,6 @@ class Upscaler:
         return hq[..., :height, :width], tuple(next_states)
 
 
-_FRAME_DTYPES = (np.uint8, np.uint16, np.float32)
-_FRAME_HINT = "frames are (H, W, 3) arrays or tensors of uint8, uint16 or float32"
-
-
-def with_window(model: OneStepModel, pixels: int) -> OneStepModel:
-    """The model with attention in local windows of `pixels` of the output a side, instead of over whole frames.
-
-    The cost of full attention grows with the square of a frame's size. Raises UsageError for a model that has windows
-    of its own, and for a window that is not a multiple of 32: tokens are 16 pixels, and layers shift by half a window.
-    """
-    if model.preset.transformer.window is not None:
-        raise UsageError(f"preset `{model.preset.name}` has attention windows of its own", hint="leave out `--window`")
-    if pixels < 32 or pixels % 32:
-        raise UsageError(f"unsupported window: `{pixels}`", hint="use a multiple of 32 pixels")
-    return model.with_window(pixels // PAD_MULTIPLE)
-
-
 def choose_device(name: str) -> torch.device:
     """`auto` is CUDA, else MPS, else the CPU."""
     available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
@@ -273,55 +294,50 @@ def choose_device(name: str) -> torch.device:
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """`auto` is bfloat16 where the hardware multiplies it, float16 on other GPUs, float32 on other CPUs."""
-    if name == "auto":
-        if device.type == "cpu":
-            # Private in torch, and the only question that tells native bfloat16 from a slow emulation.
-            return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
-        bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        return torch.bfloat16 if bfloat16 else torch.float16
+    """What is computed with: but for a dtype that is named, bfloat16 where the hardware multiplies it, float16 on other
+    GPUs, float32 on other CPUs."""
+    if name not in DTYPES:
+        raise UsageError(f"unknown dtype: `{name}`", hint=f"use {', '.join(DTYPES[:-1])} or {DTYPES[-1]}")
+    if name == "fp8" and device.type == "mps":
+        raise UsageError("device `mps` has no fp8", hint="use int8")
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if name not in dtypes:
-        raise UsageError(f"unknown dtype: `{name}`", hint="use auto, float32, bfloat16 or float16")
-    return dtypes[name]
+    if name in dtypes:
+        return dtypes[name]
+    if device.type == "cpu":
+        # Private in torch, and the only question that tells native bfloat16 from a slow emulation.
+        return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
+    bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if bfloat16 else torch.float16
 
 
-def _to_tensor(frames: np.ndarray, device: torch.device) -> Tensor:
-    """(T, H, W, 3) uint8, uint16 or float32 in [0, 1] -> (1, 3, T, H, W) float32 in [-1, 1]."""
-    top = float(np.iinfo(frames.dtype).max) if np.issubdtype(frames.dtype, np.integer) else 1.0
-    # torch's uint16 has few operations: widen before the transfer.
-    wide = frames.astype(np.float32) if frames.dtype == np.uint16 else frames
-    return torch.from_numpy(wide).to(device).permute(3, 0, 1, 2)[None].float() * (2 / top) - 1
+def _held(
+    make: Callable[[torch.dtype], OneStepModel],
+    device: torch.device,
+    window: int | None,
+    attention: str,
+    precision: str,
+) -> OneStepModel:
+    """The model that `make` makes in a dtype, with `window` and `attention`, its weights held in `precision`."""
+    dtype = choose_dtype(precision, device)
+    model = make(torch.bfloat16 if precision in EIGHT_BITS else dtype)  # the files' own, and no more
+    model = model if window is None else with_window(model, window)
+    model = model.quantised(precision, dtype) if precision in EIGHT_BITS else model
+    model.transformer.attend_with(attention, device)  # last: windows make the transformer anew
+    return model
 
 
-def _to_arrays(frames: Tensor, dtype: np.dtype) -> list[np.ndarray]:
-    """(1, 3, T, H, W) float32 in [-1, 1] -> T arrays (H, W, 3) of `dtype`."""
-    pixels = frames[0].permute(1, 2, 3, 0).add(1).clamp_(0, 2)
-    if not np.issubdtype(dtype, np.integer):
-        return list(pixels.mul_(0.5).contiguous().cpu().numpy())
-    scaled = pixels.mul_(np.iinfo(dtype).max / 2).round_()
-    # Through int32: conversions from float to uint16 are not implemented on every device.
-    whole = scaled.to(torch.uint8 if dtype == np.uint8 else torch.int32)
-    return list(whole.contiguous().cpu().numpy().astype(dtype, copy=False))
+def _how(plan: Plan, streams: bool) -> str:
+    """How the work went on by a smaller plan, in words."""
+    if streams:
+        return f"the model went on with calls of {plan.chunk} frames"
+    tiles = "" if len(plan.tiles) == 1 else f", {len(plan.tiles)} tiles of all"
+    return f"the autoencoder went on with {plan.pieces}{tiles}"
 
 
-def _to_numpy(frame: np.ndarray | Tensor) -> np.ndarray:
-    """A copy: frames wait for their chunk, and many readers fill one buffer again and again."""
-    if isinstance(frame, Tensor):
-        if frame.dtype not in (torch.uint8, torch.uint16, torch.float32):
-            raise InputError(f"frames of {frame.dtype}", hint=_FRAME_HINT)
-        return frame.detach().cpu().numpy().copy()
-    if not isinstance(frame, np.ndarray):
-        raise InputError(f"a frame is a {type(frame).__name__}", hint=_FRAME_HINT)
-    return frame.copy()
+def _note(notices: list[str], notice: str) -> None:
+    if notice not in notices:
+        notices.append(notice)
 
 
-def _checked(frames: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-    expected: tuple[tuple[int, ...], np.dtype] | None = None
-    for n, frame in enumerate(frames):
-        if frame.ndim != 3 or frame.shape[2] != 3 or not frame.size or frame.dtype not in _FRAME_DTYPES:
-            raise InputError(f"frame {n} is {frame.dtype} of shape {frame.shape}", hint=_FRAME_HINT)
-        expected = expected or (frame.shape, frame.dtype)
-        if (frame.shape, frame.dtype) != expected:
-            raise InputError(f"frame {n} is {frame.dtype} {frame.shape}, the first was {expected[1]} {expected[0]}")
-        yield frame
+def _tail(outputs: list[np.ndarray]) -> Tail:
+    return Tail(torch.from_numpy(np.array(outputs)))

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from duovsr.model import flow
+from duovsr.model.quantise import precision_of, quantise
 from duovsr.model.tiny_vae import SPATIAL_FACTOR, TinyVAE, VAEState
 from duovsr.model.transformer import Transformer, TransformerState
 from duovsr.model.wan_vae import WanVAE
@@ -37,12 +38,16 @@ class RestoreState:
 
 @dataclass(frozen=True)
 class OneStepModel:
-    """The networks of a preset, on one device and in one dtype, with its prompt tokens (1, L, text_dim)."""
+    """The networks of a preset, in one dtype, with its prompt tokens (1, L, text_dim) on the device that computes.
+
+    `digest` tells the weights from others, however they are held.
+    """
 
     preset: Preset
     transformer: Transformer
     vae: Autoencoder
     prompt: Tensor
+    digest: str
 
     @property
     def device(self) -> torch.device:
@@ -52,12 +57,20 @@ class OneStepModel:
     def dtype(self) -> torch.dtype:
         return self.prompt.dtype
 
+    @property
+    def precision(self) -> str:
+        """How the transformer's weights are held: the dtype's name, int8 or fp8."""
+        return precision_of(self.transformer)
+
     def fingerprint(self) -> str:
-        """A digest of all weights, and of where attention looks."""
-        digest = hashlib.sha256(f"{self.preset.name} {self.preset.transformer.window}".encode())
-        for tensor in (*self.transformer.state_dict().values(), *self.vae.state_dict().values(), self.prompt):
-            digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
-        return digest.hexdigest()
+        """A digest of all that the pixels depend on: the weights, the autoencoder, and where attention looks."""
+        described = f"{self.preset.name} {self.preset.transformer.window} {type(self.vae).__name__} {self.digest}"
+        return hashlib.sha256(described.encode()).hexdigest()
+
+    def quantised(self, precision: str, dtype: torch.dtype) -> OneStepModel:
+        """With the transformer's weights in 8 bits, computing in `dtype`. This model's own parts are changed."""
+        quantise(self.transformer, precision, dtype)
+        return replace(self, vae=self.vae.to(dtype), prompt=self.prompt.to(dtype))
 
     def with_window(self, tokens: int) -> OneStepModel:
         """The same weights with attention in windows of `tokens` x `tokens`, over all frames of a call.

@@ -88,6 +88,7 @@ class VAEConfig(StageConfig):
     gradient_weight: float = 0.5
     temporal_weight: float = 0.3
     statistics_momentum: float = 0.01
+    latent_weight: float = 1.0  # of the squared error against another autoencoder's latents, where they are its
 
 
 @dataclass(frozen=True)
@@ -275,6 +276,7 @@ class ExportConfig:
 
     blend: str = ""  # the other run
     share: float = 0.0  # its part
+    tiny_vae: str = ""  # a run of stage `vae` on the model: its TinyVAE is written beside the model's autoencoder
 
     def __post_init__(self) -> None:
         check_parts(self, "share")

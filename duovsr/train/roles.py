@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from duovsr.errors import InputError, UsageError
 from duovsr.model import flow
 from duovsr.model.layers import channels_last
+from duovsr.model.one_step import Autoencoder, new_autoencoder
 from duovsr.model.prompt import Prompt
 from duovsr.model.tiny_vae import TinyVAE
 from duovsr.model.transformer import Transformer
-from duovsr.model.wan_vae import WanVAE
-from duovsr.options import Preset, WanVAEConfig
+from duovsr.options import Preset
 from duovsr.train.data import LatentPool, Latents, PairPool, Pool, sharpness
 from duovsr.train.draws import Draws
 from duovsr.train.loop import Run
@@ -28,9 +28,6 @@ from duovsr.train.options import StageConfig
 from duovsr.train.runs import Weights, pick
 
 Module = TypeVar("Module", bound=nn.Module)
-
-
-Autoencoder = TinyVAE | WanVAE
 
 
 class DiffusionModel(nn.Module):
@@ -96,7 +93,8 @@ class Inputs:
 
     def autoencoder(self, run: Run) -> Autoencoder:
         """The autoencoder of `init`, frozen, on this process's device."""
-        return frozen(fill(new_autoencoder(self.preset), self.weights("vae"), self.preset)).to(run.device)
+        vae = channels_last(new_autoencoder(self.preset.vae))
+        return frozen(fill(vae, self.weights("vae"), self.preset)).to(run.device)
 
     def latents(self, run: Run, vae: Autoencoder) -> LatentSource:
         if isinstance(self.data, LatentPool):
@@ -117,10 +115,6 @@ def diffusion_model(preset: Preset, weights: Mapping[str, Tensor], run: Run, *, 
     # Frozen ones too: the student's gradient passes through the score models.
     model.transformer.checkpointing = run.config.checkpointing
     return model if trained else frozen(model)
-
-
-def new_autoencoder(preset: Preset) -> Autoencoder:
-    return WanVAE(preset.vae) if isinstance(preset.vae, WanVAEConfig) else channels_last(TinyVAE(preset.vae))
 
 
 def fill(module: Module, weights: Mapping[str, Tensor], preset: Preset) -> Module:

@@ -8,8 +8,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from duovsr.errors import InputError, TrainError
-from duovsr.repository import FILES
+from duovsr.errors import InputError, TrainError, UsageError
+from duovsr.options import PRESETS
+from duovsr.repository import FILES, TINY_VAE
 from duovsr.train.distributed import World
 from duovsr.train.options import ExportConfig
 from duovsr.weights import (
@@ -36,7 +37,8 @@ def load_weights(source: Path) -> Weights:
     if (source / _TRANSFORMER).is_file():
         files = {"transformer": _TRANSFORMER, "prompt": _PROMPT}
         model = {f"{part}.{k}": v for part, file in files.items() for k, v in _float(source / file).items()}
-        return {"vae": _float(source / _VAE), "model": model}
+        light = {"tiny_vae": _float(source / TINY_VAE)} if (source / TINY_VAE).is_file() else {}
+        return {"vae": _float(source / _VAE), "model": model, **light}
     if source.is_dir() and find_wan(source, "transformer") is not None:
         return _wan_weights(source)
     path = source / FINAL if source.is_dir() else source
@@ -91,11 +93,16 @@ def _blended(name: str, source: Path, config: ExportConfig) -> dict[str, Tensor]
 
 
 def export(source: Path, out: Path, preset: str, config: ExportConfig) -> None:
-    """Write the `model` and `vae` of a finished run as model repository `out`, in place of one that was there."""
+    """Write the `model` and `vae` of a finished run, and a TinyVAE for its latents if there is one, as model repository
+    `out`, in place of one that was there."""
+    light = load_weights(Path(config.tiny_vae) if config.tiny_vae else source).get("tiny_vae")
+    if config.tiny_vae and (light is None or PRESETS[preset].tiny_vae is None):
+        raise UsageError(f"not a TinyVAE for preset `{preset}`: `{config.tiny_vae}`", hint="make it with stage `vae`")
     model, vae = (_blended(name, source, config) for name in ("model", "vae"))
     transformer = {k.removeprefix("transformer."): v for k, v in model.items() if k.startswith("transformer.")}
     prompt = {k.removeprefix("prompt."): v for k, v in model.items() if k.startswith("prompt.")}
-    save_model(out, preset, dict(zip(FILES, (transformer, vae, prompt), strict=True)))
+    parts = dict(zip(FILES, (transformer, vae, prompt), strict=True))
+    save_model(out, preset, parts if light is None else {**parts, TINY_VAE: light})
 
 
 def _float(path: Path) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from duovsr.errors import UsageError
+from duovsr.model.one_step import new_autoencoder
 from duovsr.options import PRESETS, TinyVAEConfig
 from duovsr.repository import CONFIG as MODEL_RECORD
 from duovsr.repository import EMBEDDED, weights_folder
@@ -41,7 +42,7 @@ from duovsr.train.pool import RECORD as POOL_RECORD
 from duovsr.train.pool import build_pool
 from duovsr.train.rankers import make_rankers
 from duovsr.train.refine import train_refine
-from duovsr.train.roles import DiffusionModel, Inputs, fill, new_autoencoder
+from duovsr.train.roles import DiffusionModel, Inputs, fill
 from duovsr.train.runs import FINAL, export, load_weights, pick
 from duovsr.train.settings import with_settings
 from duovsr.train.stage1 import train_cfg, train_progressive
@@ -110,7 +111,9 @@ def resolve(job: Job, settings: list[str]) -> Any:
         if getattr(job, flag) and not (flag == "preset" and job.stage == "recipe" and job.preset == job.preset_name):
             named = f"recipe `{job.name}`" if job.stage == "recipe" else f"stage `{job.stage}`"
             raise UsageError(f"{named} makes no use of {_FLAGS[flag]}", hint="leave it out")
-    if job.stage in _TINY_VAE_ONLY and not isinstance(PRESETS[job.preset_name].vae, TinyVAEConfig):
+    preset = PRESETS[job.preset_name]
+    has_one = isinstance(preset.vae, TinyVAEConfig) or (job.stage == "vae" and preset.tiny_vae is not None)
+    if job.stage in _TINY_VAE_ONLY and not has_one:
         raise UsageError(
             f"stage `{job.stage}` trains TinyVAE, which preset `{job.preset_name}` does not have",
             hint="use `--preset tiny`",
@@ -199,7 +202,7 @@ def _tune(job: Job, config: TuneConfig) -> None:
     """A pool of somebody's clips, a short refinement of a trained model on it, and the model folder `out/model`."""
     init, preset = job.init or weights_folder() / job.preset_name, PRESETS[job.preset_name]
     weights = load_weights(init)  # all that can be refused is, before the pool takes its time
-    for name, module in (("vae", new_autoencoder(preset)), ("model", DiffusionModel(preset))):
+    for name, module in (("vae", new_autoencoder(preset.vae)), ("model", DiffusionModel(preset))):
         fill(module, pick(weights, name, init), preset)
     _held_out(job, config)
     pool, run = job.out / "pool", job.out / "refine"

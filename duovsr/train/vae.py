@@ -1,33 +1,43 @@
-"""TinyVAE training: reconstruct HQ from its own latent and the degraded LQ (DESIGN section 2).
+"""TinyVAE training: reconstruct HQ from its latent and the degraded LQ (DESIGN section 2).
 
 The hazards are a decoder that ignores the latent and a latent too fine for a small transformer to hit. So noise is
 added to the latent while the decoder learns, and every few updates decode without a latent: that second path is
 `--strength 0`.
+
+The latent is its own, or, for a preset with a larger autoencoder, that one's: TinyVAE then learns to make and to decode
+the latents that the preset's transformer knows.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
+from duovsr.model.layers import channels_last
 from duovsr.model.tiny_vae import TinyVAE
+from duovsr.options import Preset, TinyVAEConfig
 from duovsr.train.distributed import mean_over_ranks, place
 from duovsr.train.draws import Draws
 from duovsr.train.loop import Metrics, Run, Trained, run_loop
 from duovsr.train.losses import charbonnier, gradient_loss, psnr, temporal_loss
 from duovsr.train.options import VAEConfig
-from duovsr.train.roles import Inputs, fill, new_autoencoder
+from duovsr.train.roles import Inputs, encode, fill
 from duovsr.train.validation import Validation
 
 
 def train_vae(run: Run, config: VAEConfig, inputs: Inputs) -> None:
-    """Train the preset's TinyVAE, from scratch or on from `inputs.init`; leaves `vae`."""
-    pool = inputs.frames(config)
+    """Train the preset's TinyVAE, from scratch or on from `inputs.init`; leaves `vae`.
+
+    Where the preset's autoencoder is another, which `inputs.init` has to bring: a `tiny_vae` for its latents.
+    """
+    pool, preset = inputs.frames(config), inputs.preset
     torch.manual_seed(config.seed)
-    vae = new_autoencoder(inputs.preset)
-    assert isinstance(vae, TinyVAE)  # `stages.resolve` refuses other presets
-    if inputs.init is not None:
-        fill(vae, inputs.weights("vae"), inputs.preset)
+    name, kind = _trained(preset)
+    teacher = None if name == "vae" else inputs.autoencoder(run)
+    vae = channels_last(TinyVAE(kind))
+    if inputs.has(name) or (teacher is None and inputs.init is not None):
+        fill(vae, inputs.weights(name), preset)
     place(vae, run.world)
     optimizer = torch.optim.AdamW(
         vae.parameters(), config.learning_rate, (config.beta1, config.beta2), weight_decay=config.weight_decay
@@ -36,13 +46,19 @@ def train_vae(run: Run, config: VAEConfig, inputs: Inputs) -> None:
 
     def loss_of(draws: Draws) -> tuple[Tensor, Metrics]:
         hq, lq = pool.frames(draws, config.crop, config.frames)
+        noted: Metrics = {}
         with run.autocast():
-            latents, _ = vae.encode(hq)
+            latents, _ = vae.encode(hq if teacher is None else torch.cat([hq, lq]))
+            z = latents if teacher is None else encode(teacher, hq, run)
             sigma = config.latent_noise * draws.uniform().view(-1, 1, 1, 1, 1)
-            output, _ = vae.decode(latents + sigma * draws.normal_like(latents), lq)
-        moments.append(raw_moments(vae, latents))
+            output, _ = vae.decode(z + sigma * draws.normal_like(z), lq)
         loss = reconstruction_loss(output.float(), hq, config)
-        return loss, {"loss": loss, "psnr": psnr(output.float(), hq), "psnr_lq": psnr(lq, hq)}
+        if teacher is None:
+            moments.append(raw_moments(vae, latents))
+        else:
+            noted["latent"] = F.mse_loss(latents.float(), torch.cat([z, encode(teacher, lq, run)]))
+            loss = loss + config.latent_weight * noted["latent"]
+        return loss, {"loss": loss, **noted, "psnr": psnr(output.float(), hq), "psnr_lq": psnr(lq, hq)}
 
     def free_loss_of(draws: Draws) -> tuple[Tensor, Metrics]:
         hq, lq = pool.frames(draws, config.crop, config.frames)
@@ -56,6 +72,8 @@ def train_vae(run: Run, config: VAEConfig, inputs: Inputs) -> None:
             return run.update([optimizer], free_loss_of, n)
         moments.clear()
         metrics = run.update([optimizer], loss_of, n)
+        if teacher is not None:  # whose latents are normalised
+            return metrics
         mean, square = mean_over_ranks(torch.stack(moments).mean(0), run.world)
         move_statistics(vae, mean, square, max(config.statistics_momentum, 1 / (n + 1)))
         return metrics
@@ -67,7 +85,15 @@ def train_vae(run: Run, config: VAEConfig, inputs: Inputs) -> None:
         return output
 
     validate = Validation.maybe(run, inputs, restore)
-    run_loop(run, Trained({"vae": vae}, {"vae": optimizer}, averaged=("vae",), validate=validate), step)
+    run_loop(run, Trained({name: vae}, {name: optimizer}, averaged=(name,), validate=validate), step)
+
+
+def _trained(preset: Preset) -> tuple[str, TinyVAEConfig]:
+    """What the stage leaves, by its name."""
+    if isinstance(preset.vae, TinyVAEConfig):
+        return "vae", preset.vae
+    assert preset.tiny_vae is not None  # `stages.resolve` refuses other presets
+    return "tiny_vae", preset.tiny_vae
 
 
 def reconstruction_loss(output: Tensor, target: Tensor, config: VAEConfig) -> Tensor:

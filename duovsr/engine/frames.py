@@ -1,0 +1,56 @@
+"""Frames as people hand them over, and as the model gets them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from duovsr.errors import InputError
+
+_FRAME_DTYPES = (np.uint8, np.uint16, np.float32)
+_FRAME_HINT = "frames are (H, W, 3) arrays or tensors of uint8, uint16 or float32"
+
+
+def to_tensor(frames: np.ndarray, device: torch.device) -> Tensor:
+    """(T, H, W, 3) uint8, uint16 or float32 in [0, 1] -> (1, 3, T, H, W) float32 in [-1, 1]."""
+    top = float(np.iinfo(frames.dtype).max) if np.issubdtype(frames.dtype, np.integer) else 1.0
+    # torch's uint16 has few operations: widen before the transfer.
+    wide = frames.astype(np.float32) if frames.dtype == np.uint16 else frames
+    return torch.from_numpy(wide).to(device).permute(3, 0, 1, 2)[None].float() * (2 / top) - 1
+
+
+def to_arrays(frames: Tensor, dtype: np.dtype) -> list[np.ndarray]:
+    """(1, 3, T, H, W) float32 in [-1, 1] -> T arrays (H, W, 3) of `dtype`."""
+    pixels = frames[0].permute(1, 2, 3, 0).add(1).clamp_(0, 2)
+    if not np.issubdtype(dtype, np.integer):
+        return list(pixels.mul_(0.5).contiguous().cpu().numpy())
+    scaled = pixels.mul_(np.iinfo(dtype).max / 2).round_()
+    # Through int32: conversions from float to uint16 are not implemented on every device.
+    whole = scaled.to(torch.uint8 if dtype == np.uint8 else torch.int32)
+    return list(whole.contiguous().cpu().numpy().astype(dtype, copy=False))
+
+
+def to_numpy(frame: np.ndarray | Tensor) -> np.ndarray:
+    """A copy: frames wait for their chunk, and many readers fill one buffer again and again."""
+    if isinstance(frame, Tensor):
+        if frame.dtype not in (torch.uint8, torch.uint16, torch.float32):
+            raise InputError(f"frames of {frame.dtype}", hint=_FRAME_HINT)
+        return frame.detach().cpu().numpy().copy()
+    if not isinstance(frame, np.ndarray):
+        raise InputError(f"a frame is a {type(frame).__name__}", hint=_FRAME_HINT)
+    return frame.copy()
+
+
+def checked(frames: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+    """Raises InputError at the first that is no frame, or not like the others."""
+    expected: tuple[tuple[int, ...], np.dtype] | None = None
+    for n, frame in enumerate(frames):
+        if frame.ndim != 3 or frame.shape[2] != 3 or not frame.size or frame.dtype not in _FRAME_DTYPES:
+            raise InputError(f"frame {n} is {frame.dtype} of shape {frame.shape}", hint=_FRAME_HINT)
+        expected = expected or (frame.shape, frame.dtype)
+        if (frame.shape, frame.dtype) != expected:
+            raise InputError(f"frame {n} is {frame.dtype} {frame.shape}, the first was {expected[1]} {expected[0]}")
+        yield frame
