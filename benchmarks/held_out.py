@@ -3,9 +3,10 @@
     python -m benchmarks.held_out MODEL ... --pool POOL --niqe NIQE.npz [--windows 28] [--share 0.25 0.5 0.75]
 
 MODEL is a model folder or a run of `duovsr train`; POOL is made by `duovsr train pool --set validation=true`. Each
-`--share` adds a blend of the first two models, so much of the second (as `duovsr train export --set blend=`). Prints a
-line for each, and for the truth: means over the windows. `e_warp` above the truth's is flicker. VMAF is of the offline
-ranker, on five frames: compare within a table only. (Needs OpenCV.)
+`--share` adds a blend of the first two models, so much of the second (as `duovsr train export --set blend=`), each
+`--strength` the first model as `upscale --strength` runs it. Prints a line for each, and for the truth: means over the
+windows. `e_warp` above the truth's is flicker. VMAF is of the offline ranker, on five frames: compare within a table
+only. (Needs OpenCV.)
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import torch
 
 from duovsr.metrics.meter import Unmeasurable
 from duovsr.metrics.warping import DisFlow, WarpingMeter
+from duovsr.model.tiny_vae import TinyVAE
 from duovsr.options import PRESETS
 from duovsr.train.data import Pool
 from duovsr.train.distributed import World
@@ -42,11 +44,22 @@ def blended(first: Weights, second: Weights, share: float) -> Weights:
     }
 
 
-def restorer(weights: Weights, pool: Pool) -> Restore:
+def restorer(weights: Weights, pool: Pool, strength: float = 1.0) -> Restore:
+    """One step, and below a strength of 1 the way from the latent-free decode to it, as `upscale --strength` goes."""
     preset, run = PRESETS["tiny"], Run(Path(), RefineConfig(), World(0, 1, CPU))
     inputs = Inputs(preset, pool, None, weights, Path())
-    student = diffusion_model(preset, inputs.weights("model"), run, trained=False)
-    return ode_restore(run, preset, inputs.autoencoder(run), student, steps=1, shift=1.0)
+    student, vae = diffusion_model(preset, inputs.weights("model"), run, trained=False), inputs.autoencoder(run)
+    full = ode_restore(run, preset, vae, student, steps=1, shift=1.0)
+    if strength == 1:
+        return full
+    assert isinstance(vae, TinyVAE)
+
+    def restore(hq: torch.Tensor, lq: torch.Tensor, draws: Draws) -> torch.Tensor:
+        with run.autocast():
+            plain, _ = vae.decode(None, lq)
+        return torch.lerp(plain.float(), full(hq, lq, draws).float(), strength)
+
+    return restore
 
 
 @torch.no_grad()
@@ -82,14 +95,17 @@ def main() -> None:
     parser.add_argument("--niqe", type=Path, required=True)
     parser.add_argument("--windows", type=int, default=28)
     parser.add_argument("--share", type=float, nargs="*", default=[])
+    parser.add_argument("--strength", type=float, nargs="*", default=[])
     args = parser.parse_args()
     pool = Pool([args.pool])
     rankers = make_rankers(("psnr", "ssim", "vmaf", "detail", "steady", f"niqe:{args.niqe}"), CPU)
     candidates = {str(path): load_weights(path) for path in args.models}
     for share in args.share:
-        first, second = list(candidates.values())[:2]
+        first, second, *_ = candidates.values()
         candidates[f"{share:g} of the second"] = blended(first, second, share)
     restorers: dict[str, Restore | None] = {name: restorer(weights, pool) for name, weights in candidates.items()}
+    for strength in args.strength:
+        restorers[f"strength {strength:g} of the first"] = restorer(candidates[str(args.models[0])], pool, strength)
     for name, restore in {**restorers, "truth": None}.items():
         line = ", ".join(f"{key} {value:.3f}" for key, value in scores(restore, pool, rankers, args.windows).items())
         print(f"{name}: {line}", flush=True)

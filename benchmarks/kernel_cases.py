@@ -165,18 +165,22 @@ def row_cases(model: str, name: str, B: int = 1) -> Iterator[Case]:
 
     row = (B, 1, 1, 1)
     yield case(prologue.rotated_norms, for_rotation, rotated_norms, 4)
-    yield case(prologue.rms_norm, lambda *a: (*rows(*a, 1), *parameters(*a, 1), EPS), rms_norm, 2)
-    yield case(modulate.modulated_norm, lambda *a: (*rows(*a, 1), *parameters(*a, 2, *row), EPS), modulated_norm, 2)
-    yield case(modulate.gated_residual, lambda *a: (*rows(*a, 1), *parameters(*a, 1, *row), *rows(*a, 1)), residual, 3)
+    yield case(prologue.rms_norm, lambda d, t: (*rows(d, t, 1), *parameters(d, t, 1), EPS), rms_norm, 2)
+    yield case(
+        modulate.modulated_norm, lambda d, t: (*rows(d, t, 1), *parameters(d, t, 2, *row), EPS), modulated_norm, 2
+    )
+    yield case(
+        modulate.gated_residual, lambda d, t: (*rows(d, t, 1), *parameters(d, t, 1, *row), *rows(d, t, 1)), residual, 3
+    )
     yield case(
         modulate.gated_residual_norm,
-        lambda *a: (*rows(*a, 1), *parameters(*a, 1, *row), *rows(*a, 1), *parameters(*a, 2), EPS),
+        lambda d, t: (*rows(d, t, 1), *parameters(d, t, 1, *row), *rows(d, t, 1), *parameters(d, t, 2), EPS),
         gated_residual_norm,
         4,
     )
     yield case(
         modulate.residual_modulated_norm,
-        lambda *a: (*rows(*a, 2), *parameters(*a, 2, *row), EPS),
+        lambda d, t: (*rows(d, t, 2), *parameters(d, t, 2, *row), EPS),
         residual_modulated_norm,
         4,
     )

@@ -177,7 +177,7 @@ def test_the_transformer_is_the_same(window: WindowConfig | None, fused_on_cpu: 
     }
     with pytest.MonkeyPatch.context() as plain:
         plain.setattr(dispatch, "takes_fused", lambda *tensors: False)
-        transformer.attend_with("sdpa")
+        transformer.attend_with("sdpa", torch.device("cpu"))
         for x, y in zip(fused, twice(), strict=True):
             torch.testing.assert_close(x, y, rtol=0, atol=2e-5)
 

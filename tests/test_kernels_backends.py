@@ -134,11 +134,11 @@ def test_auto_and_torchs_own_are_always_there() -> None:
 def test_a_transformer_takes_a_backend_for_all_its_layers() -> None:
     with torch.device("meta"):
         transformer = Transformer(PRESETS["tiny"].transformer)
-    transformer.attend_with("sdpa")
+    transformer.attend_with("sdpa", torch.device("cpu"))
     assert {block.self_attn.backend for block in transformer.blocks} == {"sdpa"}
     assert {block.cross_attn.backend for block in transformer.blocks} == {"sdpa"}
     with pytest.raises(UsageError, match="needs CUDA"):
-        transformer.attend_with("triton")
+        transformer.attend_with("triton", torch.device("cpu"))
     assert {block.self_attn.backend for block in transformer.blocks} == {"sdpa"}
 
 

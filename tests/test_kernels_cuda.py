@@ -70,7 +70,7 @@ def test_models_are_those_of_the_twins(monkeypatch: pytest.MonkeyPatch, tmp_path
 
     fused = outputs()
     monkeypatch.setattr(dispatch, "takes_fused", lambda *tensors: False)
-    transformer.attend_with("sdpa")
+    transformer.attend_with("sdpa", GPU)
     for ours, plain in zip(fused, outputs(), strict=True):
         assert (ours - plain).norm() / plain.norm() <= BOUNDS[torch.float32]
 

@@ -149,11 +149,11 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(Block(config, shifted=i % 2 == 1) for i in range(config.layers))
         self.head = Head(config)
 
-    def attend_with(self, backend: str) -> None:
-        """Compute attention by one of `kernels.backends.BACKENDS`, or by the fastest: `auto`. Raises UsageError for one
-        that is not available. Where a gradient is wanted it is torch's all the same."""
-        weight = self.patch_embedding.weight
-        backends.require(backend, weight.device, weight.dtype, self.config.dim // self.config.heads)
+    def attend_with(self, backend: str, device: torch.device) -> None:
+        """Compute attention on `device`, where the weights may not be yet, by one of `kernels.backends.BACKENDS`, or by
+        the fastest: `auto`. Raises UsageError for one that is not available. Where a gradient is wanted it is torch's
+        all the same."""
+        backends.require(backend, device, self.patch_embedding.weight.dtype, self.config.dim // self.config.heads)
         for module in self.modules():
             if isinstance(module, Attention):
                 module.backend = backend

@@ -1,0 +1,137 @@
+"""Tables 3 to 5 of the paper in small: stages on and off, streams and features of stage II, at equal budgets.
+
+    python benchmarks/ablations.py --data POOL ... --validation POOL --niqe NIQE.npz --out runs/ablations
+
+TinyVAE and a base model of `tiny` are trained from nothing, once; every row then starts from the same runs, with the
+same data and seed, and the rows of stage II have the same number of student updates. The joint row has a second seed:
+what lies within the two is noise. Every student is scored with one step, the base with 50. The same command resumes;
+it writes `results/ablations.json`. Some three quarters of an hour of one core. (Needs OpenCV and vmaf-torch.)
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+from held_out import CPU, scores
+
+from duovsr.engine.bench import describe_machine
+from duovsr.options import PRESETS
+from duovsr.train.data import Pool
+from duovsr.train.distributed import World
+from duovsr.train.loop import Run
+from duovsr.train.options import BaseConfig
+from duovsr.train.rankers import make_rankers
+from duovsr.train.roles import Inputs, diffusion_model, ode_restore
+from duovsr.train.runs import load_weights
+from duovsr.train.stages import Job, resolve, run_job
+from duovsr.train.validation import Restore
+
+RESULT = Path(__file__).parent / "results" / "ablations.json"
+PRESET = PRESETS["tiny"]
+BASE_STEPS = 50  # of the paper's base row
+WINDOWS = 28
+COMMON = ("threads=1", "crop=96", "frames=5")
+SETTINGS = {  # of every run of a stage
+    "vae": ("steps=500", *COMMON),
+    "latents": ("samples=2500", *COMMON),
+    "base": ("steps=800", "batch=16", *COMMON),
+    "cfg": ("steps=100", *COMMON),
+    "progressive": ("steps=60", *COMMON),
+    "dual": ("steps=80", *COMMON),
+    "prefs": ("pairs=60", *COMMON),
+    "dpo": ("steps=60", *COMMON),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A run: its folder's name, its stage, the run it starts from, and what differs from SETTINGS."""
+
+    name: str
+    stage: str
+    init: str | None = None
+    data: str | None = None  # None: the pools
+    settings: tuple[str, ...] = ()
+    scored: bool = True
+
+
+ROWS = (
+    Row("vae", "vae", scored=False),
+    Row("latents", "latents", "vae", scored=False),
+    Row("base", "base", "vae", "latents"),
+    Row("cfg", "cfg", "base", "latents", scored=False),
+    Row("I", "progressive", "cfg", "latents"),
+    Row("I+II", "dual", "I", "latents"),
+    Row("I+II, second seed", "dual", "I", "latents", ("seed=1",)),
+    Row("II without I", "dual", "cfg", "latents"),
+    Row("prefs", "prefs", "I+II", scored=False),
+    Row("I+II+III", "dpo", "I+II", "prefs"),
+    Row("DMD only", "dual", "I", "latents", ("streams=dmd",)),
+    Row("GAN only", "dual", "I", "latents", ("streams=gan",)),
+    Row("sequential", "dual", "I", "latents", ("streams=sequential",)),
+    Row("features of the real score", "dual", "I", "latents", ("features=real",)),
+    Row("features of the fake score", "dual", "I", "latents", ("features=fake",)),
+)
+
+
+def train(row: Row, out: Path, pools: tuple[Path, ...]) -> float:
+    """Run a row, or what is left of it; the CPU seconds it took in all."""
+    noted = out / row.name / "cpu_seconds.json"
+    if not noted.exists():
+        job = Job(
+            row.stage,
+            out / row.name,
+            data=pools if row.data is None else (out / row.data,),
+            init=None if row.init is None else out / row.init,
+        )
+        began = time.process_time()
+        run_job(job, resolve(job, [*SETTINGS[row.stage], *row.settings]))
+        noted.write_text(json.dumps(time.process_time() - began))
+    seconds: float = json.loads(noted.read_text())
+    return seconds
+
+
+def restorer(folder: Path, pool: Pool, steps: int) -> Restore:
+    run, config = Run(Path(), BaseConfig(), World(0, 1, CPU)), BaseConfig()
+    inputs = Inputs(PRESET, pool, None, load_weights(folder), folder)
+    model = diffusion_model(PRESET, inputs.weights("model"), run, trained=False)
+    return ode_restore(run, PRESET, inputs.autoencoder(run), model, steps, config.shift if steps > 1 else 1.0)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, nargs="+", required=True)
+    parser.add_argument("--validation", type=Path, required=True)
+    parser.add_argument("--niqe", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    pool = Pool([args.validation])
+    rankers = make_rankers(("psnr", "ssim", "vmaf", "detail", f"niqe:{args.niqe}"), CPU)
+    rows: dict[str, dict[str, float]] = {}
+    for row in ROWS:
+        seconds = train(row, args.out, tuple(args.data))
+        if row.scored:
+            restore = restorer(args.out / row.name, pool, BASE_STEPS if row.stage == "base" else 1)
+            rows[row.name] = {**scores(restore, pool, rankers, WINDOWS), "cpu_seconds": seconds}
+            print(row.name, ", ".join(f"{name} {value:.4g}" for name, value in rows[row.name].items()), flush=True)
+    rows["truth"] = scores(None, pool, rankers, WINDOWS)
+    result = {
+        "benchmark": "ablations",
+        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "machine": describe_machine(CPU),
+        "settings": SETTINGS,
+        "windows": WINDOWS,
+        "rows": rows,
+    }
+    RESULT.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
