@@ -116,6 +116,14 @@ def test_flow_conversions_invert() -> None:
     assert_close(flow.shift_sigma(torch.tensor([0.0, 0.5, 1.0]), 3.0), torch.tensor([0.0, 0.75, 1.0]))
 
 
+@pytest.mark.parametrize(("height", "width"), [(40, 60), (15, 21), (10, 28), (7, 5)])
+def test_resize_is_the_one_call_of_torch(height: int, width: int) -> None:
+    frames = torch.rand(2, 3, 2, 10, 14)
+    flat = frames.transpose(1, 2).flatten(0, 1)
+    expected = torch.nn.functional.interpolate(flat, (height, width), mode="bicubic", antialias=True)
+    assert_close(resize_frames(frames, height, width).transpose(1, 2).flatten(0, 1), expected, rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize(("height", "width"), [(40, 60), (15, 21), (10, 14)])
 def test_resize_keeps_constant_frames(height: int, width: int) -> None:
     frames = torch.full((1, 3, 2, 10, 14), 0.25)

@@ -16,7 +16,8 @@ _REDUCTION = 8
 
 def transfer_color(hq: Tensor, lq: Tensor, method: ColorTransfer) -> Tensor:
     if method == "wavelet":
-        return hq + low_band(lq - hq)
+        # The band is linear: what the two pictures differ by is filtered once, and after it is small.
+        return hq + _enlarged(_smooth(_reduced(lq) - _reduced(hq)), hq)
     if method == "adain":
         hq_mean, hq_std = hq.mean((3, 4), keepdim=True), hq.std((3, 4), keepdim=True)
         lq_mean, lq_std = lq.mean((3, 4), keepdim=True), lq.std((3, 4), keepdim=True)
@@ -27,18 +28,41 @@ def transfer_color(hq: Tensor, lq: Tensor, method: ColorTransfer) -> Tensor:
 def low_band(frames: Tensor) -> Tensor:
     """The low band of five dilated binomial filters (1, 2, 1) / 4 with steps 1 to 16, as wavelet colour fixes use it.
 
-    The band is linear, so the difference of two pictures is filtered once instead of each of them. Its content lies
-    far below 1/8 of the sampling rate: the levels with steps below 8 are replaced by an 8 x 8 mean, and the remaining
-    two run on the reduced picture.
+    Its content lies far below 1/8 of the sampling rate: the levels with steps below 8 are replaced by an 8 x 8 mean,
+    and the remaining two run on the reduced picture.
     """
+    return _enlarged(_smooth(_reduced(frames)), frames)
+
+
+def _reduced(frames: Tensor) -> Tensor:
+    """Means of 8 x 8 pixels, (T, 3, H / 8, W / 8), where they reach over the border of its last pixels."""
     H, W = frames.shape[3:]
-    flat = frames.transpose(1, 2).flatten(0, 1)
-    small = F.interpolate(flat, (max(1, round(H / _REDUCTION)), max(1, round(W / _REDUCTION))), mode="area")
-    kernel = torch.tensor([0.25, 0.5, 0.25], dtype=flat.dtype, device=flat.device)
+    if H % _REDUCTION or W % _REDUCTION:
+        frames = F.pad(frames, (0, -W % _REDUCTION, 0, -H % _REDUCTION, 0, 0), mode="replicate")
+    rows = frames[0].permute(1, 2, 3, 0).unflatten(1, (-1, _REDUCTION)).mean(2)  # whole rows of memory at once
+    return rows.unflatten(2, (-1, _REDUCTION)).mean(3).permute(0, 3, 1, 2)
+
+
+def _smooth(small: Tensor) -> Tensor:
+    kernel = torch.tensor([0.25, 0.5, 0.25], dtype=small.dtype, device=small.device)
     for step in (1, 2):
         small = _binomial(small, kernel, step)
-    wide = F.interpolate(small, (H, W), mode="bilinear", align_corners=False)
-    return wide.unflatten(0, (frames.shape[0], -1)).transpose(1, 2)
+    return small
+
+
+def _enlarged(small: Tensor, like: Tensor) -> Tensor:
+    """Linear interpolation of what `_reduced` gave, to the size and the shape of `like`."""
+    pixels = _interpolated(_interpolated(small.permute(0, 2, 3, 1).contiguous(), 2), 1)
+    return pixels.permute(3, 0, 1, 2)[None, :, :, : like.shape[3], : like.shape[4]]
+
+
+def _interpolated(x: Tensor, dim: int) -> Tensor:
+    n = x.shape[dim]
+    first, last = x.narrow(dim, 0, 1), x.narrow(dim, n - 1, 1)
+    before, after = torch.cat([first, x], dim).unsqueeze(dim + 1), torch.cat([x, last], dim).unsqueeze(dim + 1)
+    share = (torch.arange(_REDUCTION, dtype=x.dtype, device=x.device) + 0.5) / _REDUCTION
+    between = torch.lerp(before, after, share.view(-1, *[1] * (x.dim() - 1 - dim)))
+    return between.flatten(dim, dim + 1).narrow(dim, _REDUCTION // 2, _REDUCTION * n)
 
 
 def _binomial(x: Tensor, kernel: Tensor, step: int) -> Tensor:

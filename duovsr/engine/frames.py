@@ -28,8 +28,11 @@ def to_arrays(frames: Tensor, dtype: np.dtype) -> list[np.ndarray]:
     if not np.issubdtype(dtype, np.integer):
         return list(pixels.mul_(0.5).contiguous().cpu().numpy())
     scaled = pixels.mul_(np.iinfo(dtype).max / 2).round_()
-    # Through int32: conversions from float to uint16 are not implemented on every device.
-    whole = scaled.to(torch.uint8 if dtype == np.uint8 else torch.int32)
+    if dtype == np.uint8:
+        # By way of signed integers: on CPUs torch's conversion to unsigned ones is not vectorised.
+        whole = scaled.sub_(128).to(torch.int8).view(torch.uint8).bitwise_xor_(128)
+    else:  # uint16: conversions from float to it are not implemented on every device
+        whole = scaled.to(torch.int32)
     return list(whole.contiguous().cpu().numpy().astype(dtype, copy=False))
 
 

@@ -26,6 +26,7 @@ from duovsr.engine.phases import restore_clip
 from duovsr.engine.plan import TEMPORAL_FACTOR, TILE_OVERLAP, Plan, plan_clip, shorter_calls, step_down
 from duovsr.engine.precision import precisions_of, with_window
 from duovsr.errors import OutOfMemoryError, UsageError
+from duovsr.model.int8 import is_faster_in_int8, to_int8
 from duovsr.model.one_step import OneStepModel, RestoreState
 from duovsr.model.quantise import EIGHT_BITS
 from duovsr.model.resize import resize_frames
@@ -66,10 +67,10 @@ class Upscaler:
     ) -> Upscaler:
         """Load a model. On Linux CPUs this also tells glibc, for the whole process, to keep freed memory.
 
-        `device`: auto, cpu, cuda or mps; `dtype`: auto, float32, bfloat16 or float16, or int8 or fp8 for the
-        transformer's weights alone; `window`: see `with_window`; `vae`: wan or tiny, if not the model's own;
-        `attention`: triton, cudnn, sdpa or xformers, if not the fastest. Raises UsageError for what this machine or
-        the model does not have, InputError for missing or altered model files.
+        `device`: auto, cpu, cuda or mps; `dtype`: auto (on some CPUs `tiny` with 8-bit layers), float32, bfloat16 or
+        float16, or int8 or fp8 for the transformer's weights alone; `window`: see `with_window`; `vae`: wan or tiny, if
+        not the model's own; `attention`: triton, cudnn, sdpa or xformers, if not the fastest. Raises UsageError for
+        what this machine or the model does not have, InputError for missing or altered model files.
         """
         chosen = choose_device(device)
         keep_freed_memory(chosen)
@@ -88,6 +89,8 @@ class Upscaler:
         load = partial(_held, make, device, window, attention)
         compute = str(choose_dtype(dtype, device)).removeprefix("torch.")
         model = load(dtype if dtype in EIGHT_BITS else compute)
+        if dtype == "auto" and is_faster_in_int8(model):
+            model = to_int8(model)
         short = dtype == "auto" and not model.preset.transformer.streams  # weights are most of what these take
         return cls(model, load, (model.precision, "int8") if short else (model.precision,))
 

@@ -64,8 +64,19 @@ def noise(
     own = _normal(_hash(seed, *axes, frames + 1))
     if shared == 0.0:
         return own[None]
-    common = _normal(_hash(seed, *axes, torch.zeros_like(frames[:, :1])))
+    common = _common(seed, (C, H, W), (y0, x0), torch.device(device))
     return (shared**0.5 * common + (1 - shared) ** 0.5 * own)[None]
+
+
+@lru_cache(maxsize=8)
+@torch.inference_mode(False)  # the cache outlives the mode
+def _common(seed: int, shape: tuple[int, int, int], origin: tuple[int, int], device: torch.device) -> Tensor:
+    """The field (C, 1, H, W) of all t: the same for every call on a tile."""
+    (C, H, W), (y0, x0) = shape, origin
+    channels = torch.arange(C, device=device).view(-1, 1, 1, 1)
+    rows = torch.arange(y0, y0 + H, device=device).view(1, 1, -1, 1)
+    columns = torch.arange(x0, x0 + W, device=device).view(1, 1, 1, -1)
+    return _normal(_hash(seed, channels, rows, columns, torch.zeros(1, 1, 1, 1, dtype=torch.int64, device=device)))
 
 
 _MASK = 0xFFFFFFFF

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from duovsr.kernels.convolution import convolve
 from duovsr.options import TinyVAEConfig
 
 TEMPORAL_FACTOR = 4
@@ -45,9 +46,10 @@ class MemoryBlock(nn.Module):
         """Returns the output and the next memory. At a scene's start (`memory` None) step 0 is its own predecessor."""
         B, T = x.shape[:2]
         before = _with_before(x, memory)
-        h = F.relu(self.current(_merge(x)) + self.previous(_merge(before)), inplace=not self.training)
-        h = F.relu(self.middle(h), inplace=not self.training)
-        return x + _split(self.out(h), B), x[:, -1]
+        merged = _merge(x)
+        h = convolve(merged, self.current, plus=convolve(_merge(before), self.previous), relu=True)
+        h = convolve(h, self.middle, relu=True)
+        return _split(convolve(h, self.out, plus=merged), B), x[:, -1]
 
 
 class ResBlock(nn.Module):
@@ -59,7 +61,7 @@ class ResBlock(nn.Module):
         self.second = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.second(F.relu(self.first(x), inplace=not self.training))
+        return convolve(convolve(x, self.first, relu=True), self.second, plus=x)
 
 
 class Encoder(nn.Module):
@@ -73,11 +75,12 @@ class Encoder(nn.Module):
         self.conv_out = nn.Conv2d(config.width_8, config.latent_channels, 3, padding=1)
 
     def forward(self, frames: Tensor, memory: Tensor | None) -> tuple[Tensor, Tensor]:
-        """frames (B, 4T, 3, H, W) -> latents (B, T, C, H / 8, W / 8)."""
-        B, dtype = frames.shape[0], self.conv_in.weight.dtype
-        h = self.block(F.relu(self.conv_in(unshuffle(_merge(frames.to(dtype)), SPATIAL_FACTOR))))
-        h = h.unflatten(0, (-1, TEMPORAL_FACTOR)).flatten(1, 2).contiguous(memory_format=torch.channels_last)
-        h, memory = self.memory_block(_split(F.relu(self.merge_time(h)), B), memory)
+        """frames (B, 4T, 3, H, W), or 3 fewer at a scene's start -> latents (B, T, C, H / 8, W / 8)."""
+        B, dtype = frames.shape[0], self.merge_time.weight.dtype
+        h = self.block(convolve(unshuffle(_merge(frames.to(dtype)), SPATIAL_FACTOR), self.conv_in, relu=True))
+        h = _whole_steps(_split(h, B), memory)
+        h = _channels_last(h.unflatten(1, (-1, TEMPORAL_FACTOR)).flatten(0, 1).flatten(1, 2))
+        h, memory = self.memory_block(_split(convolve(h, self.merge_time, relu=True), B), memory)
         return _split(self.conv_out(_merge(h)), B), memory
 
 
@@ -98,21 +101,23 @@ class Decoder(nn.Module):
     def forward(
         self, latents: Tensor | None, lq: Tensor, memories: tuple[Tensor, ...] | None
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """latents (B, T, C, H / 8, W / 8) or None for the latent-free decode, lq (B, 4T, 3, H, W) -> frames like lq."""
-        B, dtype = lq.shape[0], self.lq_in.weight.dtype
-        lq_quarter = F.relu(self.lq_in(unshuffle(_merge(lq.to(dtype)), 4)))
-        h = self.lq_down(unshuffle(lq_quarter, 2))
+        """latents (B, T, C, H / 8, W / 8) or None for the latent-free decode, lq (B, 4T, 3, H, W), or 3 frames fewer at
+        a scene's start -> frames like lq."""
+        B, dtype = lq.shape[0], self.up.weight.dtype
+        lq_quarter = convolve(unshuffle(_merge(lq.to(dtype)), 4), self.lq_in, relu=True)
         before = iter(memories) if memories is not None else repeat(None)
         next_memories = []
-        if latents is not None:
+        if latents is None:
+            h = _whole_steps(_split(self.lq_down(unshuffle(lq_quarter, 2)), B), memories)
+        else:
             expanded, memory = self._expand(latents.to(dtype), next(before))
-            h = h + expanded
+            h = _whole_steps(_split(unshuffle(lq_quarter, 2), B), memories)
+            h = _split(convolve(_merge(h), self.lq_down, plus=expanded), B)
             next_memories.append(memory)
-        h = _split(h, B)
         for block in self.memory_blocks:
             h, memory = block(h, next(before))
             next_memories.append(memory)
-        quarter = shuffle(self.up(_merge(h)), 2) + lq_quarter
+        quarter = shuffle(self.up(_merge(h[:, -lq.shape[1] :])), 2) + lq_quarter
         for block in self.blocks:
             quarter = block(quarter)
         residual = shuffle(self.conv_out(quarter), 4)
@@ -125,14 +130,18 @@ class Decoder(nn.Module):
         Each latent step gives four frames, on a straight way from the step before to its own: the change from frame
         to frame is as large where a latent ends as elsewhere, and no end shows as a jump.
         """
-        z = F.relu(self.latent_in(_merge(latents)))
+        z = convolve(_merge(latents), self.latent_in, relu=True)
         for block in self.latent_blocks:
             z = block(z)
         z = _split(z, latents.shape[0])
         before = _with_before(z, memory)
-        steps = [torch.lerp(before, z, (frame + 1) / TEMPORAL_FACTOR) for frame in range(TEMPORAL_FACTOR)]
-        frames = self.expand_time(_merge(torch.cat(steps, dim=2))).unflatten(1, (TEMPORAL_FACTOR, -1))
-        return _channels_last(frames.flatten(0, 1)), z[:, -1]
+        assert self.expand_time.bias is not None
+        weights, biases = (t.chunk(TEMPORAL_FACTOR) for t in (self.expand_time.weight, self.expand_time.bias))
+        frames = []
+        for frame, (weight, bias) in enumerate(zip(weights, biases, strict=True), start=1):
+            step = _merge(torch.lerp(before, z, frame / TEMPORAL_FACTOR))
+            frames.append(F.conv2d(step, weight, bias).permute(0, 2, 3, 1))
+        return torch.stack(frames, dim=1).flatten(0, 1).permute(0, 3, 1, 2), z[:, -1]
 
 
 class TinyVAE(nn.Module):
@@ -152,10 +161,7 @@ class TinyVAE(nn.Module):
 
         Latents are normalised per channel to zero mean and unit variance (statistics of the training data).
         """
-        x = _time_first(frames)
-        if state is None:
-            x = _repeat_first(x)
-        latents, memory = self.encoder(x, None if state is None else state.memories[0])
+        latents, memory = self.encoder(_time_first(frames), None if state is None else state.memories[0])
         latents = latents.transpose(1, 2).float()
         mean, std = self._statistics(latents)
         return (latents - mean) / std, VAEState((memory,))
@@ -165,15 +171,11 @@ class TinyVAE(nn.Module):
 
         `latents` None gives the faithful, latent-free decode. Returns frames in the shape of `lq`, not clamped.
         """
-        x = _time_first(lq)
-        if state is None:
-            x = _repeat_first(x)
         if latents is not None:
             mean, std = self._statistics(latents)
             latents = (latents * std + mean).transpose(1, 2)
-        frames, memories = self.decoder(latents, x, None if state is None else state.memories)
-        frames = frames.transpose(1, 2)
-        return frames[:, :, TEMPORAL_FACTOR - 1 :] if state is None else frames, VAEState(memories)
+        frames, memories = self.decoder(latents, _time_first(lq), None if state is None else state.memories)
+        return frames.transpose(1, 2), VAEState(memories)
 
     def _statistics(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         shape = (1, -1, 1, 1, 1)
@@ -185,15 +187,23 @@ def _time_first(frames: Tensor) -> Tensor:
     return frames.transpose(1, 2)
 
 
-def _repeat_first(x: Tensor) -> Tensor:
-    """Put TEMPORAL_FACTOR - 1 copies of the first step of (B, T, ...) in front."""
-    return torch.cat([x[:, :1]] * (TEMPORAL_FACTOR - 1) + [x], dim=1)
+def _whole_steps(x: Tensor, memory: object | None) -> Tensor:
+    """Put TEMPORAL_FACTOR - 1 copies of the first frame of (B, T, ...) in front at a scene's start (`memory` None).
+
+    Of features rather than of pixels: what each frame gives by itself need not be computed for the copies.
+    """
+    return x if memory is not None else _cat_time([x[:, :1]] * (TEMPORAL_FACTOR - 1) + [x])
 
 
 def _with_before(x: Tensor, memory: Tensor | None) -> Tensor:
     """Each step's predecessor in x (B, T, C, H, W); the first one's is `memory` or, at a scene's start, itself."""
     first = x[:, 0] if memory is None else memory
-    return torch.cat([first[:, None], x[:, :-1]], dim=1)
+    return _cat_time([first[:, None], x[:, :-1]])
+
+
+def _cat_time(parts: list[Tensor]) -> Tensor:
+    """Parts (B, T, C, H, W) that are channels last in memory to one that is: torch keeps that in 4 dimensions only."""
+    return torch.cat([part.permute(0, 1, 3, 4, 2) for part in parts], dim=1).permute(0, 1, 4, 2, 3)
 
 
 def _channels_last(x: Tensor) -> Tensor:
