@@ -146,7 +146,7 @@ def test_a_killed_pull_goes_on_where_it_was(hub: Hub, machine: Machine, number: 
     command = [sys.executable, "-m", "duovsr", "models", "pull", MODEL]
     with subprocess.Popen(command, env=machine.environment, stderr=subprocess.DEVNULL) as process:
         deadline = time.monotonic() + 60
-        while not any(path.stat().st_size for path in machine.cache.rglob("*.incomplete")):
+        while not any(path.stat().st_size for path in machine.cache.glob("*/blobs/*.incomplete")):
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.05)
         process.send_signal(number)
@@ -157,7 +157,7 @@ def test_a_killed_pull_goes_on_where_it_was(hub: Hub, machine: Machine, number: 
     assert whole is None and rest is not None
     assert 0 < int(rest.removeprefix("bytes=").rstrip("-")) <= 12_000_000
     machine.does("verify", MODEL)
-    assert machine.cached() == REPOSITORY and not list(machine.cache.rglob("*.incomplete"))
+    assert machine.cached() == REPOSITORY and not list(machine.cache.glob("*/blobs/*.incomplete"))
 
 
 def test_a_finished_download_that_was_not_named_yet_is_taken(hub: Hub, machine: Machine) -> None:

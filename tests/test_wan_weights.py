@@ -344,7 +344,7 @@ def test_weights_of_another_preset_are_refused(wan: Path, training_pool: Path, t
         run_stage("base", tmp_path / "base", data=(training_pool,), init=wan)
 
 
-@pytest.mark.parametrize("stage", ["vae", "refine", "tune"])
+@pytest.mark.parametrize("stage", ["refine", "tune"])
 def test_stages_that_train_a_tiny_vae_need_one(stage: str, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"trains TinyVAE, which preset `1\.3b` does not have"):
         run_stage(stage, tmp_path, data=(tmp_path,))
