@@ -16,7 +16,7 @@ from duovsr.video.encoder import VideoEncoder
 from duovsr.video.info import probe
 from duovsr.video.output import check_space, check_target, disk_errors, publish
 from duovsr.video.reader import Frame
-from tests.clips import Clip, start_time, write_clip
+from tests.clips import Clip, start_time, video_times, write_clip
 from tests.pieces import copy_clip
 
 NOISE = list(np.random.default_rng(0).integers(0, 256, (8, 192, 256, 3), dtype=np.uint8))
@@ -156,3 +156,18 @@ def test_frames_before_time_zero_move_all_streams(tmp_path: Path, suffix: str) -
     assert min(copied.pts) == -5120
     assert start_time(target, "video") == 0
     assert abs(start_time(target, "audio") - start_time(source, "audio") - Fraction(2, 5)) <= Fraction(1, 1000)
+
+
+# A little after 0, with first steps shorter than the average, where the second packet is the frame shown second.
+UNEVEN = (33, 83, 117, 617, 1117, 1184, 1218, 1268, 1318, 1351, 1384, 1401, 1451, 1484, 1517, 1551, 2051, 2101)
+UNEVEN += (2134, 2234, 2734)
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mov", ".mkv"])
+@pytest.mark.parametrize("start", [1, 33, 120, 1400])
+def test_uneven_frames_that_start_late_keep_their_times(tmp_path: Path, start: int, suffix: str) -> None:
+    pts = tuple(start - UNEVEN[0] + time for time in UNEVEN)
+    clip = Clip(pts=pts, time_base=Fraction(1, 1000), pix_fmt="yuv420p")
+    target = tmp_path / f"out{suffix}"
+    copy_clip(write_clip(tmp_path / "in.mkv", clip), target, piece_frames=len(pts), codec="h264")
+    assert video_times(target) == [Fraction(time, 1000) for time in pts]

@@ -87,6 +87,28 @@ def test_a_hole_in_matroska_is_said(tmp_path: Path, codec: str, audio: list[str]
     assert reader.notices[0].startswith(f"damaged input: decoded {found} of {count} frames")
 
 
+@pytest.mark.parametrize("begin", range(18000, 38000, 1370))
+def test_zeros_in_a_transport_stream_are_said(tmp_path: Path, begin: int) -> None:
+    """Wherever they begin: FFmpeg marks the packets around most holes, not around all."""
+    clip = Clip(pts=range(0, 60 * 3600, 3600), time_base=TS, pix_fmt="yuv420p", audio=["aac"])
+    source = write_clip(tmp_path / "in.ts", clip)
+    data = bytearray(source.read_bytes())
+    data[begin : begin + 4000] = bytes(4000)
+    source.write_bytes(data)
+    with VideoReader(source) as reader:
+        found = len(list(reader))
+    assert 50 < found < 60
+    assert reader.notices == [f"damaged input: decoded {found} of 60 frames"]
+
+
+def test_uneven_frames_in_a_transport_stream_are_no_false_alarm(tmp_path: Path) -> None:
+    pts = (0, 3600, 7200, 90000, 93600, 97200, 450000, 453600)
+    source = write_clip(tmp_path / "in.ts", Clip(pts=pts, time_base=TS, pix_fmt="yuv420p", audio=["aac"]))
+    with VideoReader(source) as reader:
+        assert len(list(reader)) == len(pts)
+    assert reader.notices == []
+
+
 def test_whole_matroska_is_no_false_alarm(tmp_path: Path) -> None:
     """Slides, with and without sound, with transparency beside the packets, and frames that come in bursts."""
     slides = Clip(pts=range(0, 24000, 3000), time_base=Fraction(1, 1000), audio=["flac"])

@@ -122,6 +122,29 @@ def test_sound_outlives_the_picture(tmp_path: Path) -> None:
             assert sum(frame.samples for frame in container.decode(audio=0)) >= (packets - 2) * 1024
 
 
+@pytest.mark.parametrize("suffix", [".mp4", ".mov", ".mkv"])
+@pytest.mark.parametrize("damage", [b"\0", b"\xff"])
+@pytest.mark.parametrize("number", [0, 9])
+def test_a_damaged_packet_of_a_transport_stream_is_left_out(
+    tmp_path: Path, number: int, damage: bytes, suffix: str
+) -> None:
+    """Muxers look into AAC from there, which says what it is in each packet."""
+    source = write_clip(tmp_path / "in.ts", Clip(pts=range(0, 40 * 512, 512), pix_fmt="yuv420p", audio=["aac"]))
+    with av.open(str(source)) as container:
+        packet = [bytes(packet) for packet in container.demux(audio=0) if packet.size][number]
+    data = source.read_bytes()
+    at = data.index(packet[:40])
+    source.write_bytes(data[: at + 2] + 5 * damage + data[at + 7 :])
+    target = tmp_path / f"out{suffix}"
+    notices = copy_beside(source, target).notices
+    lost = len(packet_hashes(source, "audio")) - len(packet_hashes(target, "audio"))
+    assert lost == 1 if damage == b"\0" else 1 < lost < 4  # a false length hides packets, and cuts one of them
+    assert notices == [f"{lost} damaged packets of sound or subtitles were not copied"]
+    if damage == b"\0":
+        with av.open(str(target)) as container:
+            assert sum(frame.samples for frame in container.decode(audio=0)) > 40 * 1024
+
+
 @pytest.mark.parametrize("suffix", [".mkv", ".mp4"])
 @pytest.mark.parametrize("source_suffix", [".mkv", ".mp4"])
 def test_a_window_cuts_and_moves(tmp_path: Path, source_suffix: str, suffix: str) -> None:

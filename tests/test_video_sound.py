@@ -108,3 +108,16 @@ def test_damaged_sound_is_counted_and_the_rest_stays_in_place(tmp_path: Path) ->
     heard = click_times(tmp_path / "out.webm")
     assert len(heard) >= 2
     assert max(min(abs(time - true) for true in click_times(whole)) for time in heard) <= 0.001
+
+
+@pytest.mark.parametrize(("layout", "kept"), [("stereo", True), ("5.1", True), ("hexadecagonal", False)])
+@pytest.mark.parametrize("suffix", [".mkv", ".nut"])
+def test_pcm_without_a_layout_gets_one_in_mp4(tmp_path: Path, suffix: str, layout: str, kept: bool) -> None:
+    """mp4 finds out at the very end that the places of channels are missing."""
+    source, target = write_clicks(tmp_path / f"in{suffix}", "pcm_s24le", layout=layout), tmp_path / "out.mp4"
+    notices = copy_clip(source, target).notices
+    assert notices == ([] if kept else ["audio stream #1 (pcm_s24le) is not kept: mp4 does not hold it"])
+    with av.open(str(target)) as container:
+        assert [stream.layout.name for stream in container.streams.audio] == [layout] * kept
+    if kept:
+        assert np.abs(np.subtract(click_times(target), click_times(source))).max() <= 0.001

@@ -151,6 +151,9 @@ def _packets(pieces: Sequence[Piece], source: VideoInfo, shift: Fraction, end: i
     assert offset.denominator == 1, "the picture moves by whole ticks"
     shown = [pts + offset.numerator for pts in (*(pts for piece in pieces for pts in piece.pts), end)]
     delay = max(piece.reordering for piece in pieces)
+    # The edit list of mp4 takes the least time from dts to pts of those packets whose dts is not after 0: the first of
+    # all packets must have it, so the leading steps are no longer than the first ones shown.
+    step = min([source.step, *((pts - shown[0]) // count for count, pts in enumerate(shown[1:delay], 1))])
     place, start = 0, 0
     extradata: bytes | None = None
     for piece in pieces:
@@ -165,7 +168,7 @@ def _packets(pieces: Sequence[Piece], source: VideoInfo, shift: Fraction, end: i
                 assert packet.pts is not None
                 number = start + packet.pts
                 packet.pts, packet.time_base = shown[number], source.time_base
-                packet.dts = shown[place - delay] if place >= delay else shown[0] - (delay - place) * source.step
+                packet.dts = shown[place - delay] if place >= delay else shown[0] - (delay - place) * step
                 packet.duration = shown[number + 1] - packet.pts
                 place += 1
                 yield packet

@@ -20,7 +20,7 @@ from av.video.stream import VideoStream
 
 from duovsr.errors import Remark
 from duovsr.video.info import codec_name, main_video, open_input
-from duovsr.video.sound import SoundConverter, encoders_for
+from duovsr.video.sound import LAYOUTS, SoundConverter, encoders_for
 from duovsr.video.subtitles import KINDS, SubtitleConverter
 from duovsr.video.tags import file_tags, marks_not_held, stream_tags, stream_tags_not_held, tags_not_held
 from duovsr.video.window import WHOLE, JoinedTime, PieceEnd, SteadyTime, Window, decoding_time
@@ -83,7 +83,7 @@ class StreamCopier:
         self._joined, self._steady, self._end = JoinedTime(window.moves), SteadyTime(), PieceEnd(window.end)
         self._routes: dict[int, _Route] = {}
         self._covers: list[av.Packet[Any]] = []
-        self._refused = 0
+        self._refused = self._damaged = 0
         self._lost_tags: dict[str, list[str]] = {}  # the streams that have such tags, and lose them
         main = main_video(self._input, source)
         self._copy_file_properties()
@@ -112,7 +112,7 @@ class StreamCopier:
         """Writes what is left, and completes `notices`."""
         while self._pending is not None:
             self._copy_pending()
-        damaged = sum(route.damaged for route in self._routes.values())
+        damaged = self._damaged + sum(route.damaged for route in self._routes.values())
         if damaged:
             self.notices.append(f"{damaged} damaged packets of sound or subtitles were not copied")
         if self._refused:
@@ -151,8 +151,8 @@ class StreamCopier:
         if isinstance(stream, AudioStream) and stream.codec_context and not _has_format(stream):
             self.notices.append(f"{label} is not kept: none of it decodes")  # and muxers fail on it at the very end
             return
-        if self._is_held(lambda trial: trial.add_stream_from_template(stream)):
-            route = _Copy(self._target.add_stream_from_template(stream))
+        if self._is_held(lambda trial: _add_copy(stream, trial), silence=_silent_packet(stream)):
+            route = _Copy(_add_copy(stream, self._target))
         elif isinstance(stream, SubtitleStream) and stream.codec_context and stream.codec_context.codec.text_sub:
             kind = KINDS[container]
             if self._is_held(lambda trial: SubtitleConverter(stream, trial, kind)):
@@ -182,12 +182,17 @@ class StreamCopier:
         if container in ("mp4", "mov") and tracks and not marked:
             self.notices.append(Remark(f"subtitles are on by default: {container} needs it"))
 
-    def _is_held(self, add: Callable[[OutputContainer], object]) -> bool:
-        """Whether the container takes such a stream: asked of the muxer, with a file in memory."""
+    def _is_held(self, add: Callable[[OutputContainer], object], silence: av.Packet[Any] | None = None) -> bool:
+        """Whether the container takes such a stream: asked of the muxer, with a file in memory, a whole one where there
+        is `silence` to write: mp4 describes its tracks at the end."""
         trial = av.open(io.BytesIO(), "w", format=self._target.format.name)
         try:
             add(trial)
             trial.start_encoding()
+            if silence is not None:
+                silence.stream = trial.streams[0]
+                trial.mux(silence)
+                trial.close()
         except (ValueError, av.error.FFmpegError):
             return False
         finally:
@@ -287,7 +292,33 @@ class StreamCopier:
             self._target.mux(packet)
         except av.error.ArgumentError:  # a timestamp that goes back, which no container takes
             self._refused += 1
+        except (av.error.InvalidDataError, av.error.PatchWelcomeError):  # of muxers that look into AAC of MPEG-TS
+            self._damaged += 1
         self._pending = next(self._packets, None)
+
+
+def _add_copy(stream: Stream, target: OutputContainer) -> Stream:
+    """A track for the packets of `stream`. mp4 names the place of every channel of PCM, which mkv, avi and nut do not
+    know: there it is the usual one where so many are, as for players."""
+    copy = target.add_stream_from_template(stream)
+    if isinstance(copy, AudioStream) and _is_pcm(stream) and target.format.name == "mp4":
+        layout = copy.codec_context.layout
+        if layout.name == f"{layout.nb_channels} channels" and layout.nb_channels in LAYOUTS:
+            copy.codec_context.layout = LAYOUTS[layout.nb_channels]
+    return copy
+
+
+def _silent_packet(stream: Stream) -> av.Packet[Any] | None:
+    """Whole samples of PCM, as deep as they may be; None for other codecs, whose packets are not as easy to make."""
+    if not isinstance(stream, AudioStream) or not _is_pcm(stream):
+        return None
+    packet: av.Packet[Any] = av.Packet(bytes(24 * stream.codec_context.layout.nb_channels))
+    packet.pts, packet.dts, packet.time_base = 0, 0, Fraction(1, 1000)
+    return packet
+
+
+def _is_pcm(stream: Stream) -> bool:
+    return codec_name(stream).startswith("pcm_")
 
 
 def _has_format(stream: AudioStream) -> bool:

@@ -18,7 +18,7 @@ _LOSSLESS = {**_LOSSY, "mp4": ("alac", "aac"), "mov": ("alac", "aac")}  # ALAC h
 _BIT_RATE = 128000  # per channel: beyond what ears tell from the source
 _JITTER = Fraction(1, 100)  # seconds; containers round times, and a real hole is as long as a packet
 _LONGEST_HOLE = 60  # seconds; beyond, times jump: a damaged one may be days ahead
-_LAYOUTS = {1: "mono", 2: "stereo", 3: "3.0", 4: "quad", 5: "5.0", 6: "5.1", 7: "6.1", 8: "7.1"}  # that encoders take
+LAYOUTS = {1: "mono", 2: "stereo", 3: "3.0", 4: "quad", 5: "5.0", 6: "5.1", 7: "6.1", 8: "7.1"}  # that encoders take
 
 
 def encoders_for(source: AudioStream, format_name: str) -> tuple[str, ...]:
@@ -38,14 +38,14 @@ class SoundConverter:
         self._source = source
         self._next: int | None = None  # where the next sample is due, counted in samples
         context = source.codec_context
-        if context.layout.nb_channels not in _LAYOUTS or not context.sample_rate:
+        if context.layout.nb_channels not in LAYOUTS or not context.sample_rate:
             raise ValueError(f"{context.layout.nb_channels} channels at {context.sample_rate} Hz")
         codec = Codec(encoder, "w")
         rate = _closest_rate(context.sample_rate, codec.audio_rates)
         stream = target.add_stream(encoder, rate=rate)
         assert isinstance(stream, AudioStream)
         self.stream = stream
-        stream.codec_context.layout = _LAYOUTS[context.layout.nb_channels]
+        stream.codec_context.layout = LAYOUTS[context.layout.nb_channels]
         stream.codec_context.format = _closest_format(context, codec)
         if codec.lossy and not codec.lossless:
             stream.codec_context.bit_rate = _BIT_RATE * context.layout.nb_channels

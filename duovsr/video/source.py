@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import av
+import numpy as np
 from av.container import InputContainer
 from av.packet import PktSideDataT
 from av.stream import Disposition, Stream
@@ -27,6 +28,9 @@ _HOLE = 1024  # bytes between two packets, far beyond what matroska puts there
 _BESIDE: PktSideDataT = "matroska_block_additional"  # transparency, of VP9
 _REORDERED = 16  # packets; no encoder moves one further from its place
 _WITHOUT_TIME = 250  # packets, which are held meanwhile
+_TS_SYNC = 0x47  # how each packet of a transport stream begins
+_TS_PACKETS = (188, 192, 204)  # bytes: as broadcast, with the time of arrival before each, with a checksum after each
+_TS_CERTAIN = 5  # beginnings in a row that are no chance
 _ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}  # FFmpeg's own drop the transparency without a word
 
 
@@ -201,12 +205,25 @@ class ClipSource(Source):
         """Whether all streams end well before the container says they do, as in a truncated mkv, or bytes in the middle
         of it were skipped, or packets of a transport stream are missing, and pictures too (joined files lack packets,
         but no pictures)."""
-        if self._is_hollow or (self._is_suspect and count < (self.num_frames or 0)):
+        if self._is_hollow or (count < (self.num_frames or 0) and (self._is_suspect or self._is_torn())):
             return True
         if not self._container.duration or not self._demuxed_until:
             return False
         end = Fraction((self._container.start_time or 0) + self._container.duration, av.time_base)
         return end - self._demuxed_until > max(2 / self._rate(), Fraction(1, 2))
+
+    def _is_torn(self) -> bool:
+        """Whether bytes of a transport stream are not those of its packets: FFmpeg marks most packets around such a
+        hole, but not one whose picture begins right after it."""
+        if self._container.format.name != "mpegts" or self.path == PIPE or not self.path.is_file():
+            return False
+        data = np.memmap(self.path, np.uint8, "r")
+        for size in _TS_PACKETS:
+            for first in range(size):
+                begins = data[first::size]
+                if len(begins) > _TS_CERTAIN and (begins[:_TS_CERTAIN] == _TS_SYNC).all():
+                    return bool(begins.min() < begins.max())
+        return False
 
     def close(self) -> None:
         self._container.close()
