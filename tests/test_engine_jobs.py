@@ -26,6 +26,7 @@ from tests.clips import Clip, frame_hashes, write_clip
 
 OPTIONS = UpscaleOptions(scale=2, codec="h264")
 FRAMES = 75
+GARBAGE = b"\xff\xfe\x80"  # no UTF-8
 
 
 class Crash(Exception):
@@ -158,16 +159,6 @@ def test_a_torn_line_costs_no_other(half: Path, clip: Path, whole: list[str], sm
     assert frame_hashes(half) == whole
 
 
-@pytest.mark.parametrize("plan", [{}, [], None, "x", {"chunk": 4}])
-def test_a_damaged_record_begins_anew(
-    half: Path, clip: Path, whole: list[str], small_upscaler: Upscaler, plan: object
-) -> None:
-    record = folder_of(half) / "job.json"
-    record.write_text(json.dumps({**json.loads(record.read_text()), "plan": plan}))
-    assert small_upscaler.upscale_file(clip, half, OPTIONS).reused == 0
-    assert frame_hashes(half) == whole
-
-
 def test_what_is_not_the_jobs_is_left_alone(half: Path, clip: Path, small_upscaler: Upscaler) -> None:
     (folder_of(half) / "thesis.txt").write_text("mine")
     small_upscaler.upscale_file(clip, half, UpscaleOptions(**{**vars(OPTIONS), "restart": True}))
@@ -235,6 +226,9 @@ def test_two_processes_keep_off_one_job(half: Path, clip: Path, whole: list[str]
     lock = folder_of(half) / "lock"
     assert lock.exists(), "left behind by the crash: stale"
     with FileLock(lock), pytest.raises(UsageError, match=r"process \d+ on .* is working on"):
+        small_upscaler.upscale_file(clip, half, OPTIONS)
+    (folder_of(half) / "owner").write_bytes(GARBAGE)
+    with FileLock(lock), pytest.raises(UsageError, match="is working on"):
         small_upscaler.upscale_file(clip, half, OPTIONS)
     small_upscaler.upscale_file(clip, half, OPTIONS)
     assert frame_hashes(half) == whole

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,12 @@ from duovsr import UpscaleOptions
 from duovsr.engine import jobs
 from duovsr.engine.batch import Item, upscale_items
 from duovsr.errors import UsageError
+from duovsr.video import output, pictures
 from tests.bicubic import bicubic
 from tests.clips import Clip, frame_hashes, write_clip
 
 OPTIONS = UpscaleOptions(scale=2, codec="h264")
+IMAGES = UpscaleOptions(scale=1)
 FRAMES = 60
 
 
@@ -116,3 +119,104 @@ def test_an_image(tmp_path: Path) -> None:
             bicubic().upscale_file(source, target, UpscaleOptions(scale=2))
     bicubic().upscale_file(source, target, UpscaleOptions(scale=2))
     assert sorted(os.listdir(tmp_path)) == ["in.png", "out.png"]
+
+
+def test_marks_and_records_that_are_damaged_are_none_of_the_jobs(left: Path, clip: Path) -> None:
+    content, folder = left.read_bytes(), left.with_name("out.mp4.duovsr")
+    (folder / "job.json").write_bytes(b"\xff\xfe\x80")
+    with pytest.raises(UsageError, match=r"the record of the unfinished job .* is lost or damaged") as caught:
+        bicubic().upscale_file(clip, left, OPTIONS)
+    assert "--restart" in str(caught.value.hint)
+    (folder / "publishing").write_bytes(b"\xff\xfe\x80")
+    with pytest.raises(UsageError, match="the target exists"):
+        bicubic().upscale_file(clip, left, OPTIONS)
+    assert left.read_bytes() == content
+
+
+@pytest.fixture(params=["before the name is given", "before the other name goes"])
+def some_images(request: pytest.FixtureRequest, clip: Path, tmp_path: Path) -> Path:
+    """The pattern of a job that was stopped when it had named 20 images, or, stamped already, was about to name one."""
+    pattern = tmp_path / "out" / "%04d.png"
+    at = numbered(pattern, 21 if request.param == "before the name is given" else 20)
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "before the name is given":
+            patch.setattr(pictures, "give_name", stop_before(at, output.give_name))
+        else:
+            link = os.link
+            patch.setattr(
+                os, "link", lambda partial, name: crash(link(partial, name)) if name == at else link(partial, name)
+            )
+        with pytest.raises(Crash):
+            bicubic().upscale_file(clip, pattern, IMAGES)
+    assert images(pattern) == [f"{number:04d}.png" for number in range(1, 21)]
+    return pattern
+
+
+def numbered(pattern: Path, number: int) -> Path:
+    return pattern.with_name(f"{number:04d}.png")
+
+
+def stop_before(at: Path, give_name: Callable[..., None]) -> Callable[..., None]:
+    return lambda partial, name, overwrite: crash() if name == at else give_name(partial, name, overwrite)
+
+
+def images(pattern: Path) -> list[str]:
+    return sorted(name for name in os.listdir(pattern.parent) if name.endswith(".png"))
+
+
+def test_images_go_on_over_those_that_the_job_named(some_images: Path, clip: Path) -> None:
+    assert bicubic().upscale_file(clip, some_images, IMAGES).notices == ()
+    assert sorted(os.listdir(some_images.parent)) == [f"{number:04d}.png" for number in range(1, FRAMES + 1)]
+
+
+@pytest.mark.parametrize("number", [7, 28, 1000])
+def test_an_image_that_the_job_did_not_write_stays(some_images: Path, clip: Path, number: int) -> None:
+    mine = numbered(some_images, number)
+    mine.write_bytes(b"mine")
+    with pytest.raises(UsageError, match=f"the target exists: `.*/{number:04d}.png`"):
+        bicubic().upscale_file(clip, some_images, IMAGES)
+    assert mine.read_bytes() == b"mine"
+    mine.rename(some_images.with_name("mine.png"))
+    bicubic().upscale_file(clip, some_images, IMAGES)
+    assert images(some_images) == [*(f"{number:04d}.png" for number in range(1, FRAMES + 1)), "mine.png"]
+
+
+def test_an_image_that_appears_meanwhile_stays(some_images: Path, clip: Path) -> None:
+    mine = numbered(some_images, 28)
+
+    def appear(_: object) -> None:
+        mine.write_bytes(b"mine")
+
+    with pytest.raises(UsageError, match=r"the target exists: `.*/0028.png`"):
+        bicubic().upscale_file(clip, some_images, IMAGES, appear)
+    assert mine.read_bytes() == b"mine"
+
+
+def test_other_work_does_not_replace_images(some_images: Path, tmp_path: Path) -> None:
+    other = write_clip(tmp_path / "in" / "other.mp4", Clip(pts=range(0, 5 * 512, 512)))
+    before = {name: (some_images.parent / name).read_bytes() for name in images(some_images)}
+    for restart, reason in [(False, "had another source"), (True, "the target exists")]:
+        with pytest.raises(UsageError, match=reason):
+            bicubic().upscale_file(other, some_images, UpscaleOptions(**{**vars(IMAGES), "restart": restart}))
+    assert {name: (some_images.parent / name).read_bytes() for name in images(some_images)} == before
+    options = UpscaleOptions(**{**vars(IMAGES), "restart": True, "overwrite": True})
+    report = bicubic().upscale_file(other, some_images, options)
+    assert report.notices == (f"15 images of another clip were removed: `{some_images}`",)
+    assert len(os.listdir(some_images.parent)) == 5
+
+
+def test_images_of_other_numbers_go_and_folders_stay(clip: Path, tmp_path: Path) -> None:
+    """A folder that appears while the images are written is none of them."""
+    pattern, thesis = tmp_path / "out" / "%04d.png", tmp_path / "thesis.txt"
+    thesis.write_text("mine")
+    numbered(pattern, 0).symlink_to(thesis)
+
+    def appear(*_: object) -> None:
+        (numbered(pattern, 99) / "thesis").mkdir(parents=True, exist_ok=True)
+
+    options = UpscaleOptions(**{**vars(IMAGES), "overwrite": True})
+    report = bicubic().upscale_file(clip, pattern, options, appear)
+    assert report.notices == (f"1 image of another clip was removed: `{pattern}`",)
+    assert images(pattern) == [*(f"{number:04d}.png" for number in range(1, FRAMES + 1)), "0099.png"]
+    assert thesis.read_text() == "mine"
+    assert (numbered(pattern, 99) / "thesis").is_dir()

@@ -31,7 +31,9 @@ def upscale_file(
     from duovsr.video.output import check_target, job_folder, may_replace
 
     _check_pipes(source, destination, dry_run, as_json)
-    target = check_target(source, destination, dry_run or may_replace(destination, options), options.codec)
+    target = check_target(
+        source, destination, dry_run or may_replace(destination, options), options.codec, restart=options.restart
+    )
     info = None if source == PIPE else _look(source, target, options)
     if dry_run:
         assert info is not None, "a dry run is of a file"

@@ -108,7 +108,7 @@ def upscale_file(
 ) -> UpscaleReport:
     """See `Upscaler.upscale_file`."""
     options = replace(options, overwrite=may_replace(destination, options))
-    target = check_target(source, destination, options.overwrite, options.codec)
+    target = check_target(source, destination, options.overwrite, options.codec, restart=options.restart)
     began = time.monotonic()
     with VideoReader(
         source,
@@ -242,8 +242,7 @@ def _put_together(work: _Work, reader: VideoReader, job: Job, target: Target) ->
         shift -= first
     partial = job.folder / "output.part"
     if target.kind == "images":
-        job.begin_publishing()
-        work.notices += write_pictures(pieces, partial, target.path, options.overwrite)
+        work.notices += write_pictures(pieces, partial, target.path, options.overwrite, job.begin_publishing)
         job.remove()
         return
     if target.kind == "image":

@@ -51,9 +51,10 @@ class Job:
     """The unfinished work on one target: `TARGET.duovsr/`. Open for one process at a time.
 
     `identity` is all that the pixels depend on; a folder of another identity is refused, or discarded by `restart`.
-    `plan` is the recorded one, whatever memory is free today. Nothing in the folder is trusted: a line of the journal
-    counts if it begins with its own sha256, and a piece if its size and sha256 are those of its line. Leaving the
-    context keeps the folder if it holds a piece.
+    `plan` is the recorded one, whatever memory is free today. Nothing in the folder is trusted: the record, which holds
+    both, counts if it has its own sha256, a line of the journal if it begins with its own, and a piece if its size and
+    sha256 are those of its line. Without the record the work begins anew. Leaving the context keeps the folder if it
+    holds a piece.
     """
 
     def __init__(self, destination: Path, identity: dict[str, Any], plan: Plan, *, restart: bool) -> None:
@@ -62,6 +63,7 @@ class Job:
         self._destination = destination
         self._entries: dict[int, _Entry] = {}
         self._redo: set[int] = set()
+        self._notices: list[str] = []
         self._lock = FileLock(self.folder / "lock")
         with disk_errors(self.folder):
             self.folder.mkdir(exist_ok=True)
@@ -90,8 +92,9 @@ class Job:
 
     @property
     def notices(self) -> list[str]:
-        """Of the pieces, each once."""
-        return list(dict.fromkeys(notice for entry in self._entries.values() for notice in entry.notices))
+        """Its own, and those of the pieces, each once."""
+        of_pieces = (notice for entry in self._entries.values() for notice in entry.notices)
+        return list(dict.fromkeys([*self._notices, *of_pieces]))
 
     def needs(self, piece: int) -> bool:
         """Whether the piece has to be made: it is missing, damaged, or its states lead to one that is."""
@@ -145,11 +148,14 @@ class Job:
             Piece(self.path(number), entry.pts, entry.reordering) for number, entry in sorted(self._entries.items())
         ]
 
-    def begin_publishing(self, verified: Path | None = None) -> None:
-        """From here on the `verified` file, or some of a target's images, may be in place: the same command may go on
-        over them."""
+    def begin_publishing(self, finished: Path) -> None:
+        """From here on the file may have its final name: the same command may go on over it."""
         with disk_errors(self.folder):
-            self._replace(self.folder / PUBLISHING, "" if verified is None else stamp(verified))
+            with (self.folder / PUBLISHING).open("a") as stamps:
+                stamps.write(f"\n{stamp(finished)}")  # apart from a line that a crash cut off
+                stamps.flush()
+                os.fsync(stamps.fileno())
+            fsync_folder(self.folder)
 
     def remove(self) -> None:
         """The target is in place: nothing of the job is of use."""
@@ -160,7 +166,7 @@ class Job:
         try:
             self._lock.acquire(blocking=False)  # the system frees it when its holder dies, however it dies
         except Timeout:
-            who = owner.read_text() if owner.exists() else "another process"
+            who = owner.read_text(errors="replace") if owner.exists() else "another process"
             raise UsageError(
                 f"{who} is working on `{self._destination}`", hint="wait for it, or choose another target"
             ) from None
@@ -181,10 +187,23 @@ class Job:
             self._read_journal()
             self._replace(self._journal, "".join(map(_line, self._entries.values())))  # without what does not count
         else:
+            if known is None and not restart:
+                self._check_nothing_is_named()
+                if record.exists():
+                    self._notices.append("the record of the unfinished job was damaged: it began anew")
             self._clear()
-            self._replace(record, json.dumps({"identity": identity, "plan": self.plan.to_json()}, indent=1))
+            content = {"identity": identity, "plan": self.plan.to_json()}
+            self._replace(record, json.dumps({"sha256": _digest(content), **content}, indent=1))
         for leftover in self.folder.glob("*.part"):
             leftover.unlink()
+
+    def _check_nothing_is_named(self) -> None:
+        """Work that begins anew may be other work, and must not go on over what the old one put in place."""
+        if (self.folder / PUBLISHING).exists():
+            raise UsageError(
+                f"the record of the unfinished job for `{self._destination}` is lost or damaged",
+                hint="use --restart to begin anew, with --overwrite if some of its output is in place",
+            )
 
     def _replace(self, path: Path, content: str) -> None:
         partial = path.with_suffix(".part")
@@ -195,7 +214,7 @@ class Job:
 
     def _clear(self) -> None:
         """Delete what a job writes, and nothing else."""
-        for pattern in ("piece_*.mkv", "state_*.pt", "*.part", "journal.jsonl", "job.json", PUBLISHING):
+        for pattern in (PUBLISHING, "piece_*.mkv", "state_*.pt", "*.part", "journal.jsonl", "job.json"):
             for path in self.folder.glob(pattern):
                 path.unlink()
 
@@ -280,10 +299,14 @@ def _read_record(path: Path) -> dict[str, Any] | None:
     """`job.json`; None where it is missing or damaged."""
     try:
         content = json.loads(path.read_text())
-        Plan.from_json(content["plan"])
-        return content if isinstance(content["identity"], dict) else None
+        digest = content.pop("sha256")
+        return content if digest == _digest(content) else None
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return None
+
+
+def _digest(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def _difference(known: dict[str, Any], identity: dict[str, Any]) -> str:

@@ -24,16 +24,15 @@ def prefetch(items: Iterable[Item], depth: int) -> Iterator[Iterator[Item]]:
 
     When the context is left, however it is left, the thread has ended and `items` may be closed.
     """
-    ahead: queue.Queue[object] = queue.Queue(maxsize=depth)
+    ahead: queue.SimpleQueue[object] = queue.SimpleQueue()  # never full: the end and a failure always get through
+    room = threading.Semaphore(depth)
     stopped = threading.Event()
 
-    def offer(item: object) -> bool:
+    def offer(item: Item) -> bool:
         while not stopped.is_set():
-            try:
-                ahead.put(item, timeout=0.1)
+            if room.acquire(timeout=0.1):
+                ahead.put(item)
                 return True
-            except queue.Full:
-                continue
         return False
 
     def work() -> None:
@@ -43,14 +42,15 @@ def prefetch(items: Iterable[Item], depth: int) -> Iterator[Iterator[Item]]:
             for item in items:
                 if not offer(item):
                     return
-            offer(_END)
+            ahead.put(_END)
         except BaseException as error:  # noqa: BLE001 - handed over to the consumer, who raises it
-            offer(_Failure(error))
+            ahead.put(_Failure(error))
 
     def received() -> Iterator[Item]:
         while (item := ahead.get()) is not _END:
             if isinstance(item, _Failure):
                 raise item.error
+            room.release()
             yield item  # type: ignore[misc]
 
     thread = threading.Thread(target=work, name="duovsr-decode", daemon=True)
@@ -71,7 +71,8 @@ class BackgroundSink(Generic[Item]):
 
     def __init__(self, consume: Callable[[Item], None], depth: int) -> None:
         self._consume = consume
-        self._queue: queue.Queue[Item | object] = queue.Queue(maxsize=depth)
+        self._queue: queue.SimpleQueue[Item | object] = queue.SimpleQueue()  # never full: the end always gets through
+        self._room = threading.Semaphore(depth)
         self._error: BaseException | None = None
         self._dropped = threading.Event()
         self._thread = threading.Thread(target=self._work, name="duovsr-encode", daemon=True)
@@ -83,6 +84,7 @@ class BackgroundSink(Generic[Item]):
     def put(self, item: Item) -> None:
         if self._error is not None:
             raise self._error
+        self._room.acquire()
         self._queue.put(item)
 
     def __exit__(
@@ -102,6 +104,7 @@ class BackgroundSink(Generic[Item]):
 
     def _work(self) -> None:
         while (item := self._queue.get()) is not _END:
+            self._room.release()
             if self._dropped.is_set() or self._error is not None:
                 continue  # keep the queue moving, so that `put` never waits for ever
             try:

@@ -17,7 +17,7 @@ from duovsr.video.images import image_files, is_pattern, is_sequence, numbered_n
 
 CONTAINERS: dict[str, str] = {".mp4": "mp4", ".mkv": "matroska", ".mov": "mov", ".webm": "webm"}
 JOB_SUFFIX = ".duovsr"  # of the folder beside a target that holds its unfinished work
-PUBLISHING = "publishing"  # in that folder: the stamp of a finished file; empty where images begin to get their names
+PUBLISHING = "publishing"  # in that folder: the stamps of finished files that have their names, or were about to
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp")
 
 
@@ -47,8 +47,13 @@ def target_of(destination: Path, codec: str | None = None) -> Target:
     raise UsageError(f"unsupported output type: `{destination}`", hint=hint)
 
 
-def check_target(source: Path, destination: Path, overwrite: bool, codec: str | None = None) -> Target:
-    """Raises `UsageError` if the output could not, or must not, be put at `destination`. Touches nothing."""
+def check_target(
+    source: Path, destination: Path, overwrite: bool, codec: str | None = None, *, restart: bool = False
+) -> Target:
+    """Raises `UsageError` if the output could not, or must not, be put at `destination`. Touches nothing.
+
+    Images that a job named before it was stopped may be there, unless other work begins: by `restart`, or from a pipe.
+    """
     if destination == PIPE:
         return target_of(destination, codec)
     if os.path.isdir(destination):
@@ -57,16 +62,18 @@ def check_target(source: Path, destination: Path, overwrite: bool, codec: str | 
         raise UsageError(f"the target is a folder: `{destination}`", hint=hint)
     _check_place(destination)
     target = target_of(destination, codec)
+    own: frozenset[str] = frozenset()
     if target.kind != "images":
         taken = [destination] if os.path.lexists(destination) else []
     else:
         _check_length(destination, numbered_name(destination, 1).name)
         taken = image_files(destination)
-        overwrite |= (job_folder(destination) / PUBLISHING).exists()
+        if not restart and source != PIPE:
+            own = stamps_left(destination)
     if target.kind != "video" and source.is_dir() and destination.parent.samefile(source):
         message = f"the target is in the folder of the source: `{destination}`"
         raise UsageError(message, hint="write to another folder, or give the source as a pattern")
-    _check_taken(source, taken, overwrite)
+    _check_taken(source, taken, overwrite, own)
     return target
 
 
@@ -91,7 +98,7 @@ def _check_length(destination: Path, name: str) -> None:
         raise UsageError(message, hint=f"the longest name beside it is `{name}`; {most} bytes is the most")
 
 
-def _check_taken(source: Path, taken: Sequence[Path], overwrite: bool) -> None:
+def _check_taken(source: Path, taken: Sequence[Path], overwrite: bool, own: frozenset[str]) -> None:
     sources = {_file_id(path) for path in image_files(source) or [source] if path.exists()}
     for path in taken:
         if path.is_dir():
@@ -101,7 +108,7 @@ def _check_taken(source: Path, taken: Sequence[Path], overwrite: bool) -> None:
                 raise UsageError(f"the target is the source: `{path}`", hint="give the output another name")
             if not path.is_file():
                 raise UsageError(f"not a regular file: `{path}`")
-        if not overwrite:
+        if not overwrite and not is_stamped(path, own):
             raise UsageError(f"the target exists: `{path}`", hint="use --overwrite to replace it")
 
 
@@ -122,10 +129,20 @@ def stamp(path: Path) -> str:
     return f"{status.st_ino} {status.st_size} {status.st_mtime_ns}"
 
 
+def is_stamped(path: Path, stamps: frozenset[str]) -> bool:
+    """Whether the file is one of those that have the stamps."""
+    return os.path.isfile(path) and stamp(path) in stamps
+
+
+def stamps_left(destination: Path) -> frozenset[str]:
+    """Of the files that a job, stopped before its end, had named or was about to. What is damaged matches no file."""
+    mark = job_folder(destination) / PUBLISHING
+    return frozenset(mark.read_text(errors="replace").splitlines() if os.path.isfile(mark) else ())
+
+
 def is_left_behind(destination: Path) -> bool:
     """Whether the target is a file that a job had verified, and which was stopped between naming it and its own end."""
-    mark = job_folder(destination) / PUBLISHING
-    return os.path.isfile(mark) and os.path.isfile(destination) and mark.read_text() == stamp(destination)
+    return is_stamped(destination, stamps_left(destination))
 
 
 def may_replace(destination: Path, options: UpscaleOptions) -> bool:
@@ -161,22 +178,27 @@ def publish(partial: Path, destination: Path, overwrite: bool) -> None:
     Of two runs without `overwrite` one is refused. Raises `NoSpaceError`, and `UsageError` where the target has come
     into being meanwhile.
     """
-    taken = UsageError(f"the target exists: `{destination}`", hint="use --overwrite to replace it")
     with disk_errors(destination):
         fsync(partial)
-        if overwrite:
-            os.replace(partial, destination)
-        else:
-            try:
-                os.link(partial, destination)  # unlike a rename, it fails where the name is taken
-                partial.unlink()
-            except FileExistsError:
-                raise taken from None
-            except OSError as error:  # a file system without hard links
-                if os.path.lexists(destination):
-                    raise taken from error
-                os.replace(partial, destination)
+        give_name(partial, destination, overwrite)
         fsync_folder(destination.parent)
+
+
+def give_name(partial: Path, destination: Path, overwrite: bool) -> None:
+    """Rename a file. Raises `UsageError` where the name is taken and not to `overwrite`."""
+    taken = UsageError(f"the target exists: `{destination}`", hint="use --overwrite to replace it")
+    if overwrite:
+        os.replace(partial, destination)
+        return
+    try:
+        os.link(partial, destination)  # unlike a rename, it fails where the name is taken
+        partial.unlink()
+    except FileExistsError:
+        raise taken from None
+    except OSError as error:  # a file system without hard links
+        if os.path.lexists(destination):
+            raise taken from error
+        os.replace(partial, destination)
 
 
 def fsync(path: Path) -> None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -16,7 +15,7 @@ from av.video.reformatter import VideoReformatter
 from duovsr.errors import Remark, UsageError
 from duovsr.video.color import bit_depth
 from duovsr.video.images import numbered_files, numbered_name
-from duovsr.video.output import disk_errors, fsync, fsync_folder
+from duovsr.video.output import disk_errors, fsync, fsync_folder, give_name, is_stamped, stamps_left
 
 if TYPE_CHECKING:  # it imports `codecs`, which asks here what a format can hold
     from duovsr.video.mux import Piece
@@ -61,20 +60,30 @@ def write_picture(pieces: Sequence[Piece], partial: Path, target: Path) -> None:
         partial.write_bytes(_coded(next(_frames(pieces)), target.suffix.lower()))
 
 
-def write_pictures(pieces: Sequence[Piece], partial: Path, pattern: Path, overwrite: bool) -> list[str]:
-    """Write every frame of `pieces` through the file `partial`, each complete before it gets its name. Numbers begin
-    with 1; with `overwrite`, other numbers' images go once all of these are there. Returns what people should know."""
-    count = 0
+def write_pictures(
+    pieces: Sequence[Piece], partial: Path, pattern: Path, overwrite: bool, announce: Callable[[Path], None]
+) -> list[str]:
+    """Write every frame of `pieces` through the file `partial`, each complete and announced before it gets its name.
+
+    Numbers begin with 1. Without `overwrite` only images that the job itself named are replaced; with it, other
+    numbers' images go once all of these are there. Returns what people should know. Raises `UsageError` where a
+    number's name is taken.
+    """
+    count, own = 0, stamps_left(pattern)
     with disk_errors(pattern):
         for count, frame in enumerate(_frames(pieces), start=1):
             partial.write_bytes(_coded(frame, pattern.suffix.lower()))
             fsync(partial)
-            os.replace(partial, numbered_name(pattern, count))  # after a crash some names are there
+            announce(partial)
+            file = numbered_name(pattern, count)
+            give_name(partial, file, overwrite or is_stamped(file, own))  # after a crash some names are there
         fsync_folder(pattern.parent)
-        old = [file for number, file in numbered_files(pattern) if overwrite and not 1 <= number <= count]
+        others = [file for number, file in numbered_files(pattern) if not 1 <= number <= count]
+        old = [file for file in others if overwrite and not file.is_dir()]
         for file in old:
             file.unlink()
-    return [Remark(f"{len(old)} images of another clip were removed: `{pattern}`")] if old else []
+    images = "1 image of another clip was" if len(old) == 1 else f"{len(old)} images of another clip were"
+    return [Remark(f"{images} removed: `{pattern}`")] if old else []
 
 
 def _frames(pieces: Sequence[Piece]) -> Iterator[VideoFrame]:
