@@ -121,3 +121,28 @@ def test_pcm_without_a_layout_gets_one_in_mp4(tmp_path: Path, suffix: str, layou
         assert [stream.layout.name for stream in container.streams.audio] == [layout] * kept
     if kept:
         assert np.abs(np.subtract(click_times(target), click_times(source))).max() <= 0.001
+
+
+@pytest.mark.parametrize("codec", ["pcm_s16le", "pcm_s24le", "pcm_u8"])
+def test_a_piece_cuts_long_packets_of_pcm(tmp_path: Path, codec: str) -> None:
+    """Some files hold a second in a packet: a piece has all of its sound all the same, and no other."""
+    source, target, rate = tmp_path / "in.mkv", tmp_path / "out.mkv", 48000
+    width = {"pcm_s16le": 4, "pcm_s24le": 6, "pcm_u8": 2}[codec]
+    data = np.random.default_rng(0).integers(0, 256, 4 * rate * width, np.uint8).tobytes()
+    with av.open(str(source), "w") as container:
+        video, audio = container.add_stream("libx264", rate=25), container.add_stream(codec, rate=rate)
+        video.width, video.height, video.pix_fmt = 64, 48, "yuv420p"
+        audio.layout = "stereo"
+        container.mux(video.encode(av.VideoFrame(64, 48, "yuv420p")))
+        container.mux(video.encode(None))
+        for second in range(4):
+            packet = av.Packet(data[second * rate * width :][: rate * width])
+            packet.stream, packet.time_base, packet.pts, packet.dts = audio, Fraction(1), second, second
+            container.mux(packet)
+    copier = copy_beside(source, target, window=Window(Fraction(6, 5), Fraction(29, 10), Fraction(-6, 5)))
+    assert copier.notices == []
+    with av.open(str(target)) as container:
+        (audio,) = container.streams.audio
+        packets = [packet for packet in container.demux(audio) if packet.size]
+    assert packets[0].pts == 0
+    assert b"".join(map(bytes, packets)) == data[int(1.2 * rate) * width : int(2.9 * rate) * width]

@@ -20,7 +20,7 @@ from av.video.stream import VideoStream
 
 from duovsr.errors import Remark
 from duovsr.video.info import codec_name, main_video, open_input
-from duovsr.video.sound import LAYOUTS, SoundConverter, encoders_for
+from duovsr.video.sound import LAYOUTS, SoundConverter, encoders_for, short_packets
 from duovsr.video.subtitles import KINDS, SubtitleConverter
 from duovsr.video.tags import file_tags, marks_not_held, stream_tags, stream_tags_not_held, tags_not_held
 from duovsr.video.window import WHOLE, JoinedTime, PieceEnd, SteadyTime, Window, decoding_time
@@ -282,8 +282,10 @@ class StreamCopier:
     def _converted(self, packet: av.Packet[Any]) -> Iterable[av.Packet[Any]]:
         if not 0 <= (packet.duration or 0) <= _LONGEST:
             packet.duration = 0
-        if self._window.place(packet, clip=isinstance(packet.stream, SubtitleStream)):
-            yield from self._routes[packet.stream_index].convert(packet)
+        is_cut = self._window.start is not None or self._window.end is not None
+        for part in short_packets(packet) if is_cut else (packet,):
+            if self._window.place(part, clip=isinstance(part.stream, SubtitleStream)):
+                yield from self._routes[part.stream_index].convert(part)
 
     def _copy_pending(self) -> None:
         packet = self._pending

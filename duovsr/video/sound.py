@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from fractions import Fraction
+from typing import Any
 
 import av
 from av.audio.codeccontext import AudioCodecContext
@@ -19,6 +21,29 @@ _BIT_RATE = 128000  # per channel: beyond what ears tell from the source
 _JITTER = Fraction(1, 100)  # seconds; containers round times, and a real hole is as long as a packet
 _LONGEST_HOLE = 60  # seconds; beyond, times jump: a damaged one may be days ahead
 LAYOUTS = {1: "mono", 2: "stereo", 3: "3.0", 4: "quad", 5: "5.0", 6: "5.1", 7: "6.1", 8: "7.1"}  # that encoders take
+
+
+_WHOLE_BYTES = re.compile(r"pcm_[suf](8|16|24|32|64)(?:le|be)?")
+_SHORT = 50  # packets a second, of PCM that is cut
+
+
+def short_packets(packet: av.Packet[Any]) -> Iterator[av.Packet[Any]]:
+    """PCM as packets of 20 ms at most, between which a piece can be cut: some files hold seconds in one. Others as
+    they are."""
+    context = packet.stream.codec_context
+    depth = _WHOLE_BYTES.fullmatch(context.name) if isinstance(context, AudioCodecContext) else None
+    if depth is None or packet.pts is None:
+        yield packet
+        return
+    width, step = int(depth[1]) // 8 * context.layout.nb_channels, context.sample_rate // _SHORT
+    samples, data, tick = packet.size // width, bytes(packet), context.sample_rate * packet.time_base
+    for first in range(0, samples, step):
+        last = min(first + step, samples)
+        part: av.Packet[Any] = av.Packet(data[first * width : last * width])
+        part.stream, part.time_base = packet.stream, packet.time_base
+        part.pts = part.dts = packet.pts + round(first / tick)
+        part.duration = round(last / tick) - round(first / tick)
+        yield part
 
 
 def encoders_for(source: AudioStream, format_name: str) -> tuple[str, ...]:
