@@ -1,6 +1,6 @@
 """Models on windows of held-out sources, to choose by: never the evaluation set.
 
-    python -m benchmarks.held_out MODEL ... --pool POOL --niqe NIQE.npz [--windows 28] [--share 0.25 0.5 0.75]
+    python -m benchmarks.held_out MODEL ... --pool POOL --niqe NIQE.npz [--share 0.25 0.5] [--strength 0 0.5]
 
 MODEL is a model folder or a run of `duovsr train`; POOL is made by `duovsr train pool --set validation=true`. Each
 `--share` adds a blend of the first two models, so much of the second (as `duovsr train export --set blend=`), each

@@ -40,9 +40,12 @@ class Run:
         assert self.out == ""
 
 
-def running(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], upscaler: Upscaler) -> Iterator[Run]:
-    """With `upscaler` in place of the shipped model; signals are handled as before when it is over."""
-    monkeypatch.setattr(Upscaler, "from_preset", classmethod(lambda *_, **__: upscaler))
+def running(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], upscaler: Upscaler | None = None
+) -> Iterator[Run]:
+    """With `upscaler`, if any, in place of what is asked for; signals are handled as before when it is over."""
+    if upscaler is not None:
+        monkeypatch.setattr(Upscaler, "from_preset", classmethod(lambda *_, **__: upscaler))
     with python_signals():
         yield Run(monkeypatch, capsys)
 

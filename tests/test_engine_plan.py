@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 
@@ -49,7 +51,7 @@ def test_tiles_cover_the_frame_and_overlap(width: int, height: int, side: int) -
         covered[tile.y : tile.y + tile.height, tile.x : tile.x + tile.width] = True
     assert covered.all()
     columns = sorted({(tile.x, tile.width) for tile in tiles})
-    for (x, w), (following, _) in zip(columns, columns[1:], strict=False):
+    for (x, w), (following, _) in pairwise(columns):
         assert x + w - following >= TILE_OVERLAP
 
 

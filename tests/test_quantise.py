@@ -171,11 +171,8 @@ def test_fp8_is_refused_where_there_is_none(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], small_upscaler: Upscaler) -> Iterator[Run]:
-    load = Upscaler.from_preset
-    for command in running(monkeypatch, capsys, small_upscaler):
-        monkeypatch.setattr(Upscaler, "from_preset", load)
-        yield command
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Run]:
+    yield from running(monkeypatch, capsys)
 
 
 @pytest.mark.parametrize("precision", EIGHT_BITS)

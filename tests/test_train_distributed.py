@@ -101,7 +101,7 @@ def test_a_checkpoint_of_two_processes_is_the_same_on_one_and_three(tmp_path: Pa
     states: list[Any] = []
     for processes in (1, 3):
         launch(processes, "state", tmp_path / "checkpoints", tmp_path / f"{processes}.pt")
-        states.append(torch.load(tmp_path / f"{processes}.pt", weights_only=False))
+        states.append(torch.load(tmp_path / f"{processes}.pt", weights_only=True))
     leaves = [torch.utils._pytree.tree_leaves(state) for state in states]
     tensors = [[leaf for leaf in each if isinstance(leaf, torch.Tensor)] for each in leaves]
     assert len(tensors[0]) > 50

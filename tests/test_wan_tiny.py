@@ -45,11 +45,8 @@ def upscaler(folder: Path) -> Upscaler:
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], small_upscaler: Upscaler) -> Iterator[Run]:
-    load = Upscaler.from_preset
-    for command in running(monkeypatch, capsys, small_upscaler):
-        monkeypatch.setattr(Upscaler, "from_preset", load)
-        yield command
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Run]:
+    yield from running(monkeypatch, capsys)
 
 
 # Using it

@@ -11,6 +11,8 @@ import torch
 
 from duovsr.engine.upscaler import choose_device, choose_dtype
 from duovsr.errors import DuovsrError
+from duovsr.model.int8 import favours_int8
+from duovsr.model.quantise import INT8_LAYERS
 from duovsr.model.transformer import describe_attention
 from duovsr.repository import shipped_models
 
@@ -36,6 +38,7 @@ def examine() -> tuple[dict[str, Any], list[str]]:
     versions = {name: _version(name) for name in _PACKAGES}
     missing = [name for name in _PACKAGES if versions[name] == "missing" and name not in _OPTIONAL]
     problems += [f"package {name} is missing" for name in missing]
+    dtype = str(choose_dtype("auto", device)).removeprefix("torch.")
     findings = {
         "system": {"platform": platform.platform(), "python": platform.python_version()},
         "versions": versions,
@@ -43,7 +46,7 @@ def examine() -> tuple[dict[str, Any], list[str]]:
             "cpu": f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}",
             "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else "not available",
             "mps": "available" if torch.backends.mps.is_available() else "not available",
-            "auto": f"{device.type}, {str(choose_dtype('auto', device)).removeprefix('torch.')}",
+            "auto": f"{device.type}, {dtype}" + (f" and, in `tiny`, {INT8_LAYERS}" if favours_int8(device) else ""),
         },
         "attention": describe_attention(device),
         "encoders": {name: "yes" if present else "no" for name, present in encoders.items()},

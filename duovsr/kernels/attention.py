@@ -9,6 +9,7 @@ section 2).
 from __future__ import annotations
 
 from functools import cache, lru_cache, partial
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -162,7 +163,7 @@ def window_starts(length: int, window: int, shifted: bool) -> list[tuple[int, in
     edges = sorted({0, *range(first, length, window), length})
     return [
         (min(max(end - window if start == 0 else start, 0), length - window), start, end)
-        for start, end in zip(edges, edges[1:], strict=False)
+        for start, end in pairwise(edges)
     ]
 
 

@@ -72,9 +72,14 @@ class Int8FeedForward(nn.Module):
         return self.second(self.first(x))
 
 
+def favours_int8(device: torch.device) -> bool:
+    """Whether models that `to_int8` takes are faster so on the device."""
+    return device.type == "cpu" and is_int8_fast()
+
+
 def is_faster_in_int8(model: OneStepModel) -> bool:
     """Whether `to_int8` takes the model, and makes it faster on this machine."""
-    return model.device.type == "cpu" and model.preset.transformer.streams and is_int8_fast()
+    return favours_int8(model.device) and model.preset.transformer.streams
 
 
 @torch.inference_mode()

@@ -59,7 +59,7 @@ class OneStepModel:
 
     @property
     def precision(self) -> str:
-        """How the transformer's weights are held: the dtype's name, int8 or fp8."""
+        """How the transformer's weights are held, in words: see `precision_of`."""
         return precision_of(self.transformer)
 
     def fingerprint(self) -> str:

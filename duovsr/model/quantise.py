@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from duovsr.kernels.int8 import Int8Linear
 from duovsr.model.transformer import Transformer
 
 EIGHT_BITS = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
+INT8_LAYERS = "8-bit layers"  # see `duovsr.model.int8`
 _LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 
 
@@ -47,9 +49,10 @@ def quantise(transformer: Transformer, precision: str, dtype: torch.dtype) -> No
 
 
 def precision_of(transformer: Transformer) -> str:
-    """How the weights are held: int8, fp8, or the name of their dtype."""
+    """How the weights are held: int8, fp8, or the name of their dtype, beside which some layers compute in 8 bits."""
     dtype = _block_weights(transformer)[0].dtype
-    return {values: name for name, values in EIGHT_BITS.items()}.get(dtype, str(dtype).removeprefix("torch."))
+    held = {values: name for name, values in EIGHT_BITS.items()}.get(dtype, str(dtype).removeprefix("torch."))
+    return f"{held} and {INT8_LAYERS}" if any(isinstance(m, Int8Linear) for m in transformer.modules()) else held
 
 
 def bytes_held(transformer: Transformer, precision: str, value_bytes: int) -> int:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -154,7 +155,7 @@ def ode_solution(
     """Euler from sigma 1 to 0 on the shifted grid: the model's x0 for this noise."""
     grid = flow.shift_sigma(torch.linspace(1, 0, steps + 1, device=eps.device), shift)
     z = eps
-    for sigma, following in zip(grid, grid[1:], strict=False):
+    for sigma, following in pairwise(grid):
         at, to = sigma.expand(z.shape[0]), following.expand(z.shape[0])
         z = flow.euler_step(z, guided_velocity(model, z, z_lq, at, guidance), at, to)
     return z
