@@ -1,13 +1,15 @@
 """A model with TinyVAE whose widest layers, most of its work, compute in 8 bits (`duovsr.kernels.int8`).
 
-They are the autoencoder's wide 3 x 3 convolutions and the transformer's feed-forward layers; the blocks' sums stay in
-the dtype that is computed with. The grids of the activations come from one pass over made-up pictures, with room to
-spare: the wider range costs less than a value beyond it.
+They are the autoencoder's wide 3 x 3 convolutions and the linear layers of the transformer's blocks; the blocks' sums
+and what attention works on stay in the dtype that is computed with. The grids of the activations come from one pass
+over made-up pictures, with room to spare: the wider range costs less than a value beyond it.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +19,7 @@ from duovsr.kernels.convolution import convolve
 from duovsr.kernels.int8 import Grid, Int8Convolution, Int8Linear, is_int8_fast
 from duovsr.model.one_step import OneStepModel
 from duovsr.model.tiny_vae import MemoryBlock, ResBlock, TinyVAE
+from duovsr.model.transformer import Block, CrossAttention, SelfAttention
 
 _ROOM = 1.5  # grids reach so far beyond what the pictures give
 _FRAMES = Grid.over(-1.1, 1.1)  # with what resizing overshoots
@@ -72,6 +75,25 @@ class Int8FeedForward(nn.Module):
         return self.second(self.first(x))
 
 
+class Int8Attention(nn.Module):
+    """A transformer block's attention without gradients; its input is put on its grid once for all projections.
+
+    The keys and values of a prompt are left as they are. `seen`: inputs; `attended`: those of the last projection.
+    """
+
+    def __init__(self, attention: SelfAttention | CrossAttention, seen: Tensor, attended: Tensor) -> None:
+        super().__init__()
+        self.attention, self.grid = attention, _grid(seen)
+        for name in ("q", "k", "v") if isinstance(attention, SelfAttention) else ("q",):
+            linear = attention.get_submodule(name)
+            assert isinstance(linear, nn.Linear)
+            attention.set_submodule(name, Int8Linear(linear, self.grid))
+        attention.set_submodule("o", Int8Linear(attention.o, _grid(attended)))
+
+    def forward(self, x: Tensor, *others: Tensor | None) -> Any:
+        return self.attention(self.grid.quantise(x), *others)
+
+
 def favours_int8(device: torch.device) -> bool:
     """Whether models that `to_int8` takes are faster so on the device."""
     return device.type == "cpu" and is_int8_fast()
@@ -88,8 +110,9 @@ def to_int8(model: OneStepModel) -> OneStepModel:
     vae, transformer = model.vae, model.transformer
     assert isinstance(vae, TinyVAE)
     wanted = [module for module in vae.modules() if isinstance(module, MemoryBlock | ResBlock)]
-    layers = {name: module for name, module in transformer.named_modules() if name.endswith(".ffn")}
-    seen = _inputs(model, [*wanted, vae.decoder.conv_out, *layers.values()])
+    blocks = [module for module in transformer.blocks if isinstance(module, Block)]
+    parts = [(b.self_attn, b.self_attn.o, b.cross_attn, b.cross_attn.o, b.ffn) for b in blocks]
+    seen = _inputs(model, [*wanted, vae.decoder.conv_out, *chain.from_iterable(parts)])
     convolutions = {
         "encoder.conv_in": _FRAMES,
         "decoder.lq_in": _FRAMES,
@@ -102,9 +125,12 @@ def to_int8(model: OneStepModel) -> OneStepModel:
             vae.set_submodule(name, Int8ResBlock(module, seen[module]))
         elif isinstance(module, nn.Conv2d) and name in convolutions:
             vae.set_submodule(name, Int8Convolution(module.weight, module.bias, convolutions[name]))
-    for name, layer in layers.items():
-        assert isinstance(layer, nn.Sequential)
-        transformer.set_submodule(name, Int8FeedForward(layer, seen[layer]))
+    for block in blocks:
+        for name in ("self_attn", "cross_attn"):
+            attention = block.get_submodule(name)
+            assert isinstance(attention, SelfAttention | CrossAttention)
+            block.set_submodule(name, Int8Attention(attention, seen[attention], seen[attention.o]))
+        block.set_submodule("ffn", Int8FeedForward(block.ffn, seen[block.ffn]))
     return replace(model, digest=f"{model.digest} in 8 bits")  # other pixels: a job begun otherwise does not go on so
 
 
