@@ -121,18 +121,20 @@ def test_without_a_formula_there_is_no_silent_gradient() -> None:
 
 
 def test_the_benchmark_checks_and_measures(monkeypatch: pytest.MonkeyPatch) -> None:
-    def once(compute: Callable[[], object], repeat: int = 1) -> dict[str, float]:
+    def once(compute: Callable[[], object], device: torch.device, repeat: int = 1) -> dict[str, float]:
         compute()
         return {"median": 2.0, "least": 1.0, "most": 3.0}
 
     monkeypatch.setattr(kernels, "milliseconds", once)
     monkeypatch.setattr(kernels, "usable", lambda *shape: ["triton", "sdpa"])
+    monkeypatch.setattr(kernels, "triton_runs", lambda device: True)
+    cpu, peaks = torch.device("cpu"), kernels.Peaks("bfloat16", 1e12, 1e12, 1e9, 1e9)
     chosen = [case for case in SMALL if case.shape in ("window 4x4, small", "odd rows")]
-    checked = kernels.check(chosen, torch.device("cpu"))
+    checked = kernels.check(chosen, cpu)
     assert len(checked) == 3 * len(chosen) and all(row["right"] for row in checked)
-    rows = [kernels.measure(case, torch.device("cpu"), tune=case is chosen[0]) for case in chosen]
+    rows = [kernels.measure(case, cpu, peaks) for case in chosen]
     assert set(rows[0]["milliseconds"]) == {"triton", "sdpa"}
-    assert len(rows[0]["blocks"]) == len(kernels.BLOCKS)
+    assert len(kernels.tune_blocks(chosen[0], cpu)["tuned"]) == len(kernels.BLOCKS)
     assert all(set(row["milliseconds"]) == {"fused", "twin"} for row in rows[1:])
     assert all(row["times_floor"] > 0 for row in rows)
 

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
 import pytest
 
 from duovsr.engine.chunks import cut_into_chunks
-from duovsr.engine.plan import TILE_ALIGN, TILE_OVERLAP, Plan, Precision, WeightBytes, plan_clip, plan_tiles
+from duovsr.engine.plan import (
+    TILE_ALIGN,
+    TILE_OVERLAP,
+    Plan,
+    Precision,
+    WeightBytes,
+    plan_clip,
+    plan_tiles,
+    planned_bytes,
+)
 from duovsr.engine.scenes import CutDetector
 from duovsr.errors import UsageError
 from duovsr.options import PRESETS, UpscaleOptions
@@ -70,7 +80,7 @@ def test_asked_tile_and_chunk_are_kept() -> None:
     assert len(plan(480, 270, UpscaleOptions(tile=0), free_bytes=0).tiles) == 1
 
 
-def precisions(free_bf16: int, free_int8: int) -> list[Precision]:
+def precisions(free_bf16: float, free_int8: float) -> list[Precision]:
     return [
         Precision(name, 2, WeightBytes(weight, 250 * 2**20), int(free * 2**30))
         for name, weight, free in (("bfloat16", 2840 * 10**6, free_bf16), ("int8", 1450 * 10**6, free_int8))
@@ -78,7 +88,7 @@ def precisions(free_bf16: int, free_int8: int) -> list[Precision]:
 
 
 @pytest.mark.parametrize(
-    ("free", "dtype"), [((60, 60), "bfloat16"), ((6, 60), "bfloat16"), ((4.5, 4.5), "int8"), ((0, 0), "int8")]
+    ("free", "dtype"), [((60, 60), "bfloat16"), ((6, 60), "bfloat16"), ((4.2, 4.2), "int8"), ((0, 0), "int8")]
 )
 def test_weights_of_8_bits_are_for_what_nothing_else_makes_fit(free: tuple[int, int], dtype: str) -> None:
     """Shorter clips, tiles and offload come before."""
@@ -90,6 +100,16 @@ def test_weights_of_8_bits_are_for_what_nothing_else_makes_fit(free: tuple[int, 
     if dtype == "int8":
         smallest = plan_clip(480, 270, UpscaleOptions(), preset, device="cuda", precisions=precisions(0, 0)[:1])
         assert smallest.offload and smallest.memory_bytes > free[0] * 2**30
+
+
+@pytest.mark.parametrize("free", [4.5, 5, 6, 7, 8, 9, 10, 12, 14, 16, 20, 24])
+def test_as_many_frames_at_a_time_as_fit(free: float) -> None:
+    """Beside the largest tiles that fit with few: twice as many would not."""
+    preset, (bfloat16,) = PRESETS["1.3b"], precisions(free, 0)[:1]
+    chosen = plan_clip(480, 270, UpscaleOptions(), preset, device="cuda", precisions=[bfloat16])
+    assert chosen.memory_bytes <= bfloat16.free_bytes
+    more = replace(chosen, vae_frames=2 * chosen.vae_frames)
+    assert chosen.vae_frames == 8 or planned_bytes(more, preset, 2, bfloat16.weights) > bfloat16.free_bytes
 
 
 def test_calls_that_no_kernel_can_index_are_refused() -> None:

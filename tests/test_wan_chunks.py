@@ -160,12 +160,13 @@ def test_a_job_goes_on_inside_a_fade(
 
 
 def limited_memory(monkeypatch: pytest.MonkeyPatch, most: int) -> list[tuple[int, int, int]]:
-    """Let the decoder fail as torch's CPU allocator does, for calls of more than `most` values; returns the calls."""
+    """Let the decoder fail as torch's CPU allocator does, for latents of more than `most` places; returns the calls:
+    how many frames at a time, and the latents' height and width."""
     decode, calls = WanVAE.decode, []
 
     def failing(self: WanVAE, latents: Tensor, *args: object) -> object:
-        calls.append((latents.shape[2], latents.shape[3], latents.shape[4]))
-        if latents[0, 0].numel() > most:
+        calls.append((self.frames_at_once, latents.shape[3], latents.shape[4]))
+        if latents[0, 0, 0].numel() > most:
             torch.empty(2**60, dtype=torch.uint8)  # fails as torch itself fails
         return decode(self, latents, *args)  # type: ignore[arg-type]
 
@@ -183,11 +184,13 @@ def test_out_of_memory_takes_smaller_pieces_and_says_so(wan: Upscaler, monkeypat
     notices: list[str] = []
     planned = wan.plan(48, 32, options)
     result = np.stack(list(wan.restore(frames, planned, options, StageTimes(), notices)))
-    assert calls[:3] == [(2, 8, 12), (1, 8, 12), (1, 8, 8)]
-    assert max(h * w for _, h, w in calls[2:]) <= 64
+    assert calls[:5] == [(8, 8, 12), (4, 8, 12), (2, 8, 12), (1, 8, 12), (1, 8, 8)]
+    assert max(h * w for _, h, w in calls[4:]) <= 64
     assert notices == [
-        "memory ran out: the autoencoder went on with 1 latent a call, whole frames",
-        "memory ran out: the autoencoder went on with 1 latent a call, tiles of 64 pixels",
+        "memory ran out: the autoencoder went on with 4 frames at a time, whole frames",
+        "memory ran out: the autoencoder went on with 2 frames at a time, whole frames",
+        "memory ran out: the autoencoder went on with 1 frame at a time, whole frames",
+        "memory ran out: the autoencoder went on with 1 frame at a time, tiles of 64 pixels",
     ]
     other = upscaled(wan, frames, replace(options, seed=1))
     assert 0 < np.abs(result - whole).mean() < 0.5 * np.abs(other - whole).mean()
@@ -199,9 +202,9 @@ def test_the_clips_after_begin_with_what_was_found(wan: Upscaler, monkeypatch: p
     planned = wan.plan(48, 32, PLAIN)
     for n in range(2):  # the second clip says it again, once
         list(wan.restore(moving(40, 48, 32), planned, PLAIN, StageTimes(), notices := []))
-        assert len(notices) == 2 - n
-        assert notices[-1].endswith("1 latent a call, tiles of 64 pixels")
-    assert [call for call in calls if call[1] * call[2] > 64] == [(2, 8, 12), (1, 8, 12)]
+        assert len(notices) == (1 if n else 4)
+        assert notices[-1].endswith("1 frame at a time, tiles of 64 pixels")
+    assert [call for call in calls if call[1] * call[2] > 64] == [(n, 8, 12) for n in (8, 4, 2, 1)]
 
 
 def test_out_of_memory_after_every_step_is_an_error(wan: Upscaler, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -56,7 +56,7 @@ def test_a_video_goes_through(run: Run, folder: Path, tmp_path: Path) -> None:
     assert run("upscale", source, target, "--model", folder, "--scale", 2, "--dtype", "float32", "--json") == 0
     report = json.loads(run.out)
     assert report["frames"] == 25
-    assert (report["plan"]["chunk"], report["plan"]["overlap"], report["plan"]["vae_latents"]) == (16, 4, 2)
+    assert (report["plan"]["chunk"], report["plan"]["overlap"], report["plan"]["vae_frames"]) == (16, 4, 8)
     with VideoReader(source) as before, VideoReader(target) as after:
         assert (after.info.width, after.info.height) == (64, 48)
         assert [f.pts * f.time_base for f in after] == [f.pts * f.time_base for f in before]
@@ -140,14 +140,27 @@ def plan_of(upscaler: Upscaler, **changes: int | bool) -> Plan:
     return replace(upscaler.plan(96, 64, PLAIN), **changes)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("latents", [1, 2, 3, 4])
-def test_calls_of_any_length_give_the_same(upscaler: Upscaler, latents: int) -> None:
+@pytest.mark.parametrize(("frames", "latents"), [(0, 0), (1, 0), (4, 0), (8, 0), (0, 1), (2, 2), (0, 3)])
+def test_pieces_of_any_length_give_the_same(upscaler: Upscaler, frames: int, latents: int) -> None:
     lq = lq_frames(moving(13))
     expected, _ = upscaler.model.restore(lq, None, seed=1, strength=0.7)
-    result = restore_clip(
-        upscaler.model, lq, plan_of(upscaler, vae_latents=latents), seed=1, strength=0.7, origin=(0, 0, 0)
-    )
+    plan = plan_of(upscaler, vae_frames=frames, vae_latents=latents)
+    result = restore_clip(upscaler.model, lq, plan, seed=1, strength=0.7, origin=(0, 0, 0))
     assert_close(result, expected, rtol=0, atol=1e-5)
+
+
+def test_the_autoencoder_takes_the_plans_frames_at_a_time(upscaler: Upscaler, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, decode = [], WanVAE.decode
+
+    def noted(self: WanVAE, *args: object) -> object:
+        seen.append(self.frames_at_once)
+        return decode(self, *args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(WanVAE, "decode", noted)
+    for frames in (2, 8):
+        plan = plan_of(upscaler, vae_frames=frames)
+        restore_clip(upscaler.model, lq_frames(moving(5)), plan, seed=1, strength=1, origin=(0, 0, 0))
+    assert seen == [2, 8]
 
 
 def test_tiles_of_the_autoencoder_stay_within_their_bound(upscaler: Upscaler) -> None:

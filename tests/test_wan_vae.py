@@ -77,6 +77,60 @@ def test_streamed_equals_whole(small: WanVAE, cuts: list[int]) -> None:
     assert_close(streamed, decoded, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("at_once", [1, 2, 3, 8])
+@pytest.mark.parametrize("T", [1, 5, 21])
+def test_a_few_frames_at_a_time_equal_all(small: WanVAE, at_once: int, T: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    frames = clip(1, T, 16, 24)
+    latents, _ = small.encode(frames)
+    decoded, _ = small.decode(latents)
+    monkeypatch.setattr(small, "frames_at_once", at_once)
+    assert_close(small.encode(frames)[0], latents, rtol=0, atol=1e-5)
+    assert_close(small.decode(latents)[0], decoded, rtol=0, atol=1e-5)
+
+
+def test_calls_may_differ_in_their_frames_at_a_time(small: WanVAE, monkeypatch: pytest.MonkeyPatch) -> None:
+    frames = clip(2, 25, 24, 16)
+    latents, _ = small.encode(frames)
+    decoded, _ = small.decode(latents)
+    for sizes in ([1, 4, 2], [8, 1, 64], [2, 3, 1]):
+        states: list[VAEState | None] = [None, None]
+        for at_once, (start, end) in zip(sizes, pairwise([0, 9, 13, 25]), strict=True):
+            monkeypatch.setattr(small, "frames_at_once", at_once)
+            steps = slice((start + 3) // 4, (end + 3) // 4)
+            part, states[0] = small.encode(frames[:, :, start:end], states[0])
+            assert_close(part, latents[:, :, steps], rtol=0, atol=1e-5)
+            part, states[1] = small.decode(latents[:, :, steps], states[1])
+            assert_close(part, decoded[:, :, start:end], rtol=0, atol=1e-5)
+
+
+def test_no_stage_takes_more_frames_than_it_may(small: WanVAE, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At full size `frames_at_once`, at half of it twice as many; and the two before them."""
+    H, W, seen = 16, 24, dict[int, int]()
+
+    def note(conv: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        level = (W // args[0].shape[4]).bit_length() - 1
+        seen[level] = max(seen.get(level, 0), args[0].shape[2] - 2)
+
+    causal = [m for m in small.modules() if isinstance(m, nn.Conv3d) and m.kernel_size == (3, 3, 3)]
+    hooks = [conv.register_forward_hook(note) for conv in causal]
+    for at_once in (1, 2):
+        monkeypatch.setattr(small, "frames_at_once", at_once)
+        for step, x in ((small.encode, clip(1, 17, H, W)), (small.decode, seeded.normal(98, 1, 16, 5, H // 8, W // 8))):
+            seen.clear()
+            step(x)
+            assert seen == {0: at_once, 1: 2 * at_once, 2: 2 * at_once, 3: 2 * at_once}
+    for hook in hooks:
+        hook.remove()
+
+
+def test_a_call_leaves_the_state_that_it_was_given(small: WanVAE) -> None:
+    frames, latents = clip(1, 9, 16, 16), seeded.normal(98, 1, 16, 3, 2, 2)
+    _, encoder = small.encode(frames[:, :, :5])
+    _, decoder = small.decode(latents[:, :, :2])
+    for step, x, state in ((small.encode, frames[:, :, 5:], encoder), (small.decode, latents[:, :, 2:], decoder)):
+        assert_close(step(x, state)[0], step(x, state)[0], rtol=0, atol=0)
+
+
 def test_one_frame_is_a_clip(small: WanVAE) -> None:
     frames = clip(1, 5, 16, 16)
     image, _ = small.encode(frames[:, :, :1])
@@ -104,11 +158,14 @@ def test_the_state_is_bounded_and_holds_nothing_else_alive(small: WanVAE, direct
         assert memory.untyped_storage().nbytes() == memory.numel() * memory.element_size()
 
 
-@pytest.mark.parametrize("B", [1, 2])
+@pytest.mark.parametrize(("B", "at_once"), [(1, 64), (2, 64), (1, 1)])
 @pytest.mark.parametrize("cuts", [[0, 5, 9], [0, 1, 9]])
-def test_no_layer_breaks_channels_last(small: WanVAE, B: int, cuts: list[int]) -> None:
+def test_no_layer_breaks_channels_last(
+    small: WanVAE, B: int, at_once: int, cuts: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It would cost two transposes a convolution on a GPU."""
     seen = []
+    monkeypatch.setattr(small, "frames_at_once", at_once)
 
     def check(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         layout = torch.channels_last if output.dim() == 4 else torch.channels_last_3d

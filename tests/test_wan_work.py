@@ -70,14 +70,20 @@ def test_the_counted_work_is_that_of_the_reference(
 @pytest.mark.parametrize(
     ("vae", "size", "free", "pieces"),
     [
-        ("wan", (1920, 1080), 80, "2 latents a call, whole frames"),
-        ("tiny", (1920, 1080), 80, "2 latents a call, whole frames"),
+        ("wan", (1920, 1080), 80, "8 frames at a time, whole frames"),
+        ("wan", (1920, 1080), 16, "1 frame at a time, whole frames, in turns with the transformer"),
+        ("tiny", (1920, 1080), 80, "2 latents at a time, whole frames"),
+        pytest.param("wan", (1920, 1080), 22, "4 frames at a time, whole frames", marks=pytest.mark.slow),
         pytest.param(
-            *("wan", (1920, 1080), 16, "1 latent a call, tiles of 1024 pixels, in turns with the transformer"),
+            *("wan", (1920, 1080), 18, "2 frames at a time, whole frames, in turns with the transformer"),
             marks=pytest.mark.slow,
         ),
         pytest.param(
-            *("wan", (3840, 2160), 48, "1 latent a call, tiles of 1536 pixels, in turns with the transformer"),
+            *("wan", (1920, 1080), 10, "1 frame at a time, tiles of 1152 pixels, in turns with the transformer"),
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            *("wan", (3840, 2160), 24, "2 frames at a time, tiles of 1536 pixels, in turns with the transformer"),
             marks=pytest.mark.slow,
         ),
     ],
@@ -106,13 +112,21 @@ def test_cards_of_every_size_get_a_plan(paper: OneStepModel) -> None:
     chosen = [planned(paper, (1920, 1080), free) for free in (60, 20, 12, 8, 6)]
     assert all(a.memory_bytes > b.memory_bytes for a, b in pairwise(chosen))
     assert [(p.chunk, len(p.tiles), p.offload) for p in chosen[:3]] == [(16, 1, False), (16, 1, True), (16, 1, True)]
-    smallest, steps = planned(paper, (1920, 1080), 0), 0
-    assert smallest.memory_bytes < 5.5 * 2**30
-    step: Plan | None = chosen[0]
+    assert planned(paper, (1920, 1080), 0).memory_bytes < 4.5 * 2**30
+
+
+def test_every_step_down_takes_less(paper: OneStepModel) -> None:
+    """Or, where the transformer takes the most, no more."""
+    step: Plan | None = planned(paper, (1920, 1080), 60)
+    steps, least, ways = 0, 2**60, []
     while step is not None:
-        last, step, steps = step, plan.step_down(step), steps + 1
-    assert (last.vae_latents, last.vae_tile, last.offload, last.tiles[0].width) == (1, 256, True, 512)
-    assert steps < 15
+        peak = plan.planned_bytes(step, paper.preset, 2, weights_of(paper))
+        assert peak <= least
+        ways.append((step.vae_frames, step.offload))
+        last, least, step, steps = step, peak, plan.step_down(step), steps + 1
+    assert ways[:6] == [(8, False), (4, False), (4, True), (2, True), (1, True), (1, True)]
+    assert (last.vae_frames, last.vae_tile, last.offload, last.tiles[0].width) == (1, 256, True, 512)
+    assert steps < 20
 
 
 def test_a_local_window_costs_less(shallow: OneStepModel) -> None:

@@ -1,8 +1,8 @@
 """Doing a clip at once by a model without state, phase by phase and in the plan's pieces (`1.3b`).
 
 Encoding, transformer and decoding follow each other, so that each has the device's memory nearly to itself. The
-autoencoder goes tile by tile and within a tile along the time, where it needs one tile's state; the transformer then
-sees the latents of the whole frame.
+autoencoder goes tile by tile and within a tile along the time, where it needs one tile's state: TinyVAE in calls of a
+few latents, Wan2.1's by itself within one call. The transformer then sees the latents of the whole frame.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from duovsr.engine.memory import lent, place, to_host
 from duovsr.engine.plan import TEMPORAL_FACTOR, VAE_TILE_OVERLAP, Plan, Tile, plan_tiles
 from duovsr.model.one_step import OneStepModel
 from duovsr.model.tiny_vae import SPATIAL_FACTOR
+from duovsr.model.wan_vae import ALL_FRAMES, WanVAE
 
 
 @torch.inference_mode()
@@ -32,6 +33,8 @@ def restore_clip(
             to_host(part)
         else:
             place(part, model.device)
+    if isinstance(model.vae, WanVAE):
+        model.vae.frames_at_once = plan.vae_frames or ALL_FRAMES
     height, width = lq.shape[3:]
     tiles = plan_tiles(width, height, plan.vae_tile, VAE_TILE_OVERLAP)
     if strength == 0:
@@ -73,17 +76,20 @@ def _decode(model: OneStepModel, z: Tensor | None, lq: Tensor, tiles: tuple[Tile
 
 
 def _decode_tile(model: OneStepModel, z: Tensor | None, lq: Tensor, latents: int) -> Tensor:
+    calls = _calls(lq.shape[2], latents)
+    if len(calls) == 1:
+        return model.decode(z, lq)[0]
     state, result = None, torch.empty_like(lq)
-    for steps, frames in _calls(lq.shape[2], latents):
+    for steps, frames in calls:
         part, state = model.decode(None if z is None else z[:, :, steps], lq[:, :, frames], state)
         result[:, :, frames] = part
     return result
 
 
 def _calls(frames: int, latents: int) -> list[tuple[slice, slice]]:
-    """Calls of so many latents on a clip of 4k + 1 frames, as (latents, frames): latent 0 has one frame."""
+    """Calls of so many latents, 0: all, on a clip of 4k + 1 frames, as (latents, frames): latent 0 has one frame."""
     total = (frames - 1) // TEMPORAL_FACTOR + 1
-    edges = [*range(0, total, latents), total]
+    edges = [*range(0, total, latents or total), total]
     return [(slice(a, b), slice(max(0, TEMPORAL_FACTOR * a - 3), TEMPORAL_FACTOR * b - 3)) for a, b in pairwise(edges)]
 
 

@@ -21,10 +21,13 @@ DEFAULT_CHUNK = {"cpu": 4, "cuda": 16, "mps": 8}  # a CPU is faster on what its 
 # 5 the results of the two clips are cross-faded.
 CLIP_CHUNKS, CLIP_OVERLAP = (16, 8), 4
 
-# Its autoencoder works in tiles of its own, on which the transformer does not depend.
-VAE_TILES = (1536, 1024, 768, 512, 384, 256)  # output pixels a side
+# Its autoencoder works in tiles of its own, on which the transformer does not depend. TinyVAE takes a few latents a
+# call; Wan2.1's takes the clip, and a few frames at a time at full size, which costs less than tiles do.
+VAE_TILES = (1536, 1152, 1024, 768, 640, 512, 384, 256)  # output pixels a side
 VAE_TILE_OVERLAP = 128
 VAE_LATENTS = 2  # a call, or 1 where memory is short
+VAE_FRAMES = 8  # at a time, or half as many where memory is short, down to 1
+FEW_FRAMES = 4  # with fewer, each convolution copies more of the frames before them than taking turns moves of weights
 MOST_ELEMENTS = 2**31 - 1  # of a tensor: convolutions index with 32 bits
 
 # Upper bounds of what `benchmarks/memory.py` measured on a CPU (results/memory_cpu.json); elsewhere unmeasured.
@@ -36,12 +39,12 @@ BYTES_PER_PIXEL = 420
 BYTES_PER_PIXEL_AND_FRAME = 24
 MODEL_BYTES = {2: 110, 4: 130}
 
-# Upper bounds of what tests/test_engine_plan.py counts on the meta device. Of Wan2.1's autoencoder in elements of the
-# dtype per pixel of a tile, as multiples of its narrowest width: what it remembers between calls, before and after
-# one, and what a latent takes. Of a clip, in bytes per pixel and frame: the LQ, padded, and the result.
-WAN_ENCODE = (25, 17)
-WAN_DECODE = (50, 17)
-CLIP_BYTES = 48
+# Upper bounds of what tests/test_wan_work.py counts on the meta device. Of Wan2.1's autoencoder, whose decoder takes
+# more than its encoder, in elements of the dtype per pixel of a tile, as multiples of its narrowest width: what it
+# remembers, and what each of the frames takes on which it works at a time. Of a clip, in bytes per pixel and frame: the
+# LQ and the LQ padded; a result, which there is of the frame and of each kind of tile.
+WAN_DECODE = (27, 5)
+CLIP_BYTES, RESULT_BYTES = 24, 12
 
 
 @dataclass(frozen=True)
@@ -91,7 +94,8 @@ class Plan:
     dtype: str  # how the weights are held: `Precision.name`
     memory_bytes: int  # estimated peak
     vae_tile: int = 0  # output pixels a side of the autoencoder's own tiles; 0: those of the model
-    vae_latents: int = 0  # of a call of the autoencoder, of a model that does not stream
+    vae_latents: int = 0  # of a call of the autoencoder, of a model that does not stream; 0: the whole clip
+    vae_frames: int = 0  # that Wan2.1's autoencoder works on at a time at full size; 0: all of a call
     offload: bool = False  # the transformer and the autoencoder take turns on the device
 
     @property
@@ -103,9 +107,9 @@ class Plan:
     def pieces(self) -> str:
         """How the autoencoder of a model that does not stream works, in words."""
         tiles = f"tiles of {self.vae_tile} pixels" if self.vae_tile else "whole frames"
-        return f"{self.vae_latents} latent{'s' * (self.vae_latents > 1)} a call, {tiles}" + (
-            ", in turns with the transformer" if self.offload else ""
-        )
+        count, unit = (self.vae_frames, "frame") if self.vae_frames else (self.vae_latents, "latent")
+        turns = ", in turns with the transformer" if self.offload else ""
+        return f"{count} {unit}{'s' * (count > 1)} at a time, {tiles}{turns}"
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -152,16 +156,29 @@ def plan_clip(
     chosen = None
     for precision in precisions:
         for way in _stream_ways(plan, options) if streams else _clip_ways(plan, options, preset):
-            memory = planned_bytes(way, preset, precision.value_bytes, precision.weights)
-            chosen = replace(way, dtype=precision.name, memory_bytes=memory)
-            if memory <= precision.free_bytes:
-                return chosen
+            chosen = _priced(way, preset, precision)
+            if chosen.memory_bytes <= precision.free_bytes:
+                return _filled(chosen, preset, precision)
     if chosen is None:
         raise UsageError(
             f"model calls too large to compute: {target[0]}x{target[1]} in whole frames or tiles as asked for",
             hint="use a smaller `--tile` or `--chunk`, or leave them out",
         )
     return chosen
+
+
+def _priced(way: Plan, preset: Preset, precision: Precision) -> Plan:
+    memory = planned_bytes(way, preset, precision.value_bytes, precision.weights)
+    return replace(way, dtype=precision.name, memory_bytes=memory)
+
+
+def _filled(plan: Plan, preset: Preset, precision: Precision) -> Plan:
+    """With as many frames at a time as fit: tiles and turns may have made more room than they had to."""
+    if 0 < plan.vae_frames < VAE_FRAMES:
+        more = _priced(replace(plan, vae_frames=2 * plan.vae_frames), preset, precision)
+        if more.memory_bytes <= precision.free_bytes and _largest_tensor(more, preset) <= MOST_ELEMENTS:
+            return _filled(more, preset, precision)
+    return plan
 
 
 def _stream_ways(plan: Plan, options: UpscaleOptions) -> Iterator[Plan]:
@@ -174,7 +191,8 @@ def _stream_ways(plan: Plan, options: UpscaleOptions) -> Iterator[Plan]:
 
 def _clip_ways(plan: Plan, options: UpscaleOptions, preset: Preset) -> Iterator[Plan]:
     """Smaller pieces for the autoencoder, then shorter clips, then smaller tiles for the transformer, too."""
-    plan = replace(plan, vae_latents=VAE_LATENTS)
+    wan = isinstance(preset.vae, WanVAEConfig)
+    plan = replace(plan, vae_frames=VAE_FRAMES) if wan else replace(plan, vae_latents=VAE_LATENTS)
     for side in _tile_sides(plan, options):
         for chunk in _chunks(options, CLIP_CHUNKS):
             way: Plan | None = replace(plan, chunk=chunk, tiles=plan_tiles(*plan.padded_size, side))
@@ -186,9 +204,12 @@ def _clip_ways(plan: Plan, options: UpscaleOptions, preset: Preset) -> Iterator[
 
 def with_smaller_pieces(plan: Plan) -> Plan | None:
     """The same clips and tiles for the transformer, with less memory; None where nothing less is left."""
+    can_offload = plan.device == "cuda" and not plan.offload
+    if plan.vae_frames > (FEW_FRAMES if can_offload else 1):
+        return replace(plan, vae_frames=plan.vae_frames // 2)
     if plan.vae_latents > 1:
         return replace(plan, vae_latents=1)
-    if plan.device == "cuda" and not plan.offload:
+    if can_offload:
         return replace(plan, offload=True)
     side = max(plan.tiles[0].width, plan.tiles[0].height)
     smaller = [tile for tile in VAE_TILES if tile < min(plan.vae_tile or side, side)]
@@ -220,12 +241,13 @@ def planned_bytes(plan: Plan, preset: Preset, dtype_bytes: int, weights: WeightB
     frames = plan.chunk + (plan.overlap or 0) + 1
     transformer = _tokens(plan) * (2 * preset.transformer.ffn_dim + 5 * preset.transformer.dim) * dtype_bytes
     if isinstance(preset.vae, WanVAEConfig):
-        a_pixel = max(state + latent * plan.vae_latents for state, latent in (WAN_ENCODE, WAN_DECODE))
-        vae = _vae_pixels(plan) * preset.vae.dim * a_pixel * dtype_bytes
+        remembered, each = WAN_DECODE
+        vae = _vae_pixels(plan) * preset.vae.dim * (remembered + each * plan.vae_frames) * dtype_bytes
     else:
         vae = _vae_pixels(plan) * (TEMPORAL_FACTOR * plan.vae_latents + 1) * MODEL_BYTES[dtype_bytes]
     host = frame * BYTES_PER_PIXEL if plan.device == "cpu" else 0
-    around = BASE_BYTES + host + frame * frames * CLIP_BYTES
+    results = sum({frame, tile, _vae_pixels(plan)})  # of equal sizes are one
+    around = BASE_BYTES + host + frames * (frame * CLIP_BYTES + results * RESULT_BYTES)
     if plan.offload:
         return around + max(weights.transformer + transformer, weights.vae + vae)
     return around + weights.transformer + weights.vae + max(transformer, vae)
@@ -238,11 +260,11 @@ def _vae_pixels(plan: Plan) -> int:
 
 
 def _largest_tensor(plan: Plan, preset: Preset) -> int:
-    """Elements: of the feed-forward layers; of Wan2.1's autoencoder the frames of a call and the two before them."""
+    """Elements: of the feed-forward layers; of Wan2.1's autoencoder the frames at a time and the two before them."""
     transformer = _tokens(plan) * preset.transformer.ffn_dim
     if not isinstance(preset.vae, WanVAEConfig):
         return transformer
-    return max(transformer, _vae_pixels(plan) * preset.vae.dim * (TEMPORAL_FACTOR * plan.vae_latents + 2))
+    return max(transformer, _vae_pixels(plan) * preset.vae.dim * (plan.vae_frames + 2))
 
 
 def _tokens(plan: Plan) -> int:

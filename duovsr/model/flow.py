@@ -6,6 +6,7 @@ Shared by inference and training, so that both mean the same by sigma, velocity 
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -79,11 +80,13 @@ def _common(seed: int, shape: tuple[int, int, int], origin: tuple[int, int], dev
     return _normal(_hash(seed, channels, rows, columns, torch.zeros(1, 1, 1, 1, dtype=torch.int64, device=device)))
 
 
+_Integers = TypeVar("_Integers", int, Tensor)
+
 _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0x7FEB352D, 0x31848BAB)  # from C. Wellons' public-domain search for well-mixing 32-bit finalisers
 
 
-def _mix(x: Tensor) -> Tensor:
+def _mix(x: _Integers) -> _Integers:
     """A bijection of 32-bit integers held in int64. Both multipliers are below 2^31, so that no
     product passes 2^63: exact on every device."""
     x = (x ^ (x >> 16)) * _MULTIPLIERS[0] & _MASK
@@ -91,12 +94,13 @@ def _mix(x: Tensor) -> Tensor:
     return x ^ (x >> 16)
 
 
-def _hash(seed: int, *counters: Tensor) -> Tensor:
+def _hash(seed: int, first: Tensor, *others: Tensor) -> Tensor:
     """32-bit hash of the seed and of broadcastable int64 counters."""
-    state = torch.tensor([seed & _MASK, seed >> 32 & _MASK], device=counters[0].device)
-    value = _mix(_mix(state[0]) ^ state[1])
-    for counter in counters:
-        value = _mix(value ^ (counter & _MASK)) + 0x9E3779B9 & _MASK
+    key = _mix(_mix(seed & _MASK) ^ (seed >> 32 & _MASK))  # of the host's: a GPU would have to wait for numbers
+    value = first & _MASK ^ key
+    for counter in others:
+        value = (_mix(value) + 0x9E3779B9 & _MASK) ^ (counter & _MASK)
+    value = _mix(value) + 0x9E3779B9 & _MASK
     return _mix(value)
 
 

@@ -36,6 +36,12 @@ class RMSNorm(nn.Module):
         return rms_norm(x, self.weight, self.eps)
 
 
+def to_device(values: Tensor, device: torch.device) -> Tensor:
+    """A few numbers of the host on `device`. On CUDA the host goes on at once: from pageable memory it would wait for
+    all that was launched before."""
+    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
+
+
 def timestep_embedding(timestep: Tensor, dim: int) -> Tensor:
     """Sinusoid of `timestep` (B,) in 0..1000 -> (B, dim) float32, ordered [cos | sin]; float64 inside as in Wan2.1.
 
@@ -63,6 +69,6 @@ def rope_table(T: int, H: int, W: int, head_dim: int, start: int, device: torch.
         angles = position.double()[:, None] * ladder
         shape = [1, 1, 1, n]
         shape[axis] = -1
-        rotations = torch.polar(torch.ones_like(angles), angles).to(torch.complex64).to(device)
+        rotations = to_device(torch.polar(torch.ones_like(angles), angles).to(torch.complex64), device)
         axes.append(rotations.view(shape).expand(T, H, W, n))  # there, as a clip's table is megabytes
     return torch.cat(axes, dim=-1)[:, :, :, None]

@@ -9,7 +9,8 @@ ordinary causal convolution over the whole clip, zeros before frame 0, but for t
     down: y = cat(x[:1], conv(x))               kernel 3, stride 2, no padding: windows 0-2, 2-4, ...
     up:   y = cat(x[:1], interleave(conv(x[1:])))     zeros, not frame 0, to the left of frame 1
 
-So any number of frames makes a call here; what the convolutions remember between calls is passed in and out.
+So any number of frames makes a call here; what the convolutions remember between calls is passed in and out. Inside a
+call, frame 0 goes alone, and then each resolution takes as many frames at a time as memory allows (`frames_at_once`).
 Activations are channels last (`channels_last_3d`), where a frame's channels lie together and frames can be merged into
 the batch without a copy.
 
@@ -20,48 +21,22 @@ doublings without the enlarged picture.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import pairwise, repeat, starmap
+from itertools import accumulate, pairwise, starmap
+from operator import mul
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from duovsr.kernels.dispatch import fused
-from duovsr.kernels.vae import after, channel_norm, norm_silu_after
+from duovsr.kernels.vae import channel_norm
+from duovsr.model.causal import Memories, as_weights, first_alone, joined
+from duovsr.model.layers import to_device
 from duovsr.model.tiny_vae import VAEState
 from duovsr.options import WanVAEConfig
 
+ALL_FRAMES = 2**31
 MOST_SCORES = 2**28  # elements of attention's weights at once, where a backend writes them down: 0.5 GiB in bfloat16
-
-
-class Memories:
-    """What the temporal convolutions of one call remember, in order of use: from the call before, for the call after.
-
-    It lives for one call; between calls it is a `VAEState`.
-    """
-
-    def __init__(self, state: VAEState | None) -> None:
-        self.at_start = state is None
-        self._before: Iterator[Tensor | None] = repeat(None) if state is None else iter(state.memories)
-        self._after: list[Tensor] = []
-
-    def prepend(self, x: Tensor, keep: int = 2, zeros: int = 2) -> Tensor:
-        """x (B, C, T, H, W) with the last `keep` frames of the call before in front, or with zeros at a start.
-
-        The last `keep` frames of the result are what the next call gets.
-        """
-        return self._remember(after(x, next(self._before), zeros), keep)
-
-    def prepend_normed(self, x: Tensor, gamma: Tensor) -> Tensor:
-        """`prepend` to the SiLU of a `ChannelNorm` of x."""
-        return self._remember(norm_silu_after(x, gamma, next(self._before), 2), 2)
-
-    def _remember(self, x: Tensor, keep: int) -> Tensor:
-        self._after.append(x[:, :, -keep:].clone())  # a view would keep all of x alive
-        return x
-
-    def state(self) -> VAEState:
-        return VAEState(tuple(self._after))
 
 
 class ChannelNorm(nn.Module):
@@ -76,13 +51,8 @@ class ChannelNorm(nn.Module):
 
 
 def causal_conv(in_channels: int, out_channels: int) -> nn.Conv3d:
-    """A 3x3x3 convolution whose padding in time is `Memories.prepend`'s."""
+    """A 3x3x3 convolution whose padding in time is that of `Memories`."""
     return nn.Conv3d(in_channels, out_channels, 3, padding=(0, 1, 1))
-
-
-def norm_silu_conv(layers: nn.ModuleDict, norm: str, conv: str, x: Tensor, memories: Memories) -> Tensor:
-    """The step of which nearly all of the VAE is made."""
-    return layers[conv](memories.prepend_normed(x, layers[norm].get_parameter("gamma")))
 
 
 def per_frame(module: nn.Module, x: Tensor) -> Tensor:
@@ -111,9 +81,10 @@ class ResBlock(nn.Module):
         self.shortcut = nn.Conv3d(in_channels, out_channels, 1) if in_channels != out_channels else None
 
     def forward(self, x: Tensor, memories: Memories) -> Tensor:
-        h = norm_silu_conv(self.residual, "0", "2", x, memories)
-        h = norm_silu_conv(self.residual, "3", "6", h, memories)
-        return h + (x if self.shortcut is None else self.shortcut(x))
+        norm_1, conv_1, norm_2, conv_2 = self.residual.values()
+        # In one expression: a name would keep the first result alive beside the second.
+        h = memories.convolve_normed(norm_2, conv_2, memories.convolve_normed(norm_1, conv_1, x))
+        return h.add_(x if self.shortcut is None else self.shortcut(x))
 
 
 class Attention(nn.Module):
@@ -164,7 +135,7 @@ class Middle(nn.ModuleList):
 
 
 class Downsample(nn.Module):
-    """Halves H and W and, if `temporal`, the frame rate: T -> T / 2, and at a start T = 2k + 1 -> k + 1."""
+    """Halves H and W and, if `temporal`, the frame rate: T -> T / 2, but frame 0 alone -> itself."""
 
     def __init__(self, channels: int, temporal: bool) -> None:
         super().__init__()
@@ -175,10 +146,10 @@ class Downsample(nn.Module):
         x = per_frame(self.resample, x)
         if self.time_conv is None:
             return x
-        first, x = x[:, :, :1], memories.prepend(x, keep=1, zeros=0)
-        if not memories.at_start:
-            return self.time_conv(x)
-        return torch.cat([first, self.time_conv(x)], dim=2) if x.shape[2] > 1 else first
+        if self.time_conv in memories:
+            return memories.convolve(self.time_conv, x, keep=1)
+        memories.begin(self.time_conv, x)
+        return x
 
 
 class DoublingConv(nn.Conv2d):
@@ -216,7 +187,7 @@ class DoublingConv(nn.Conv2d):
 
 
 class Upsample(nn.Module):
-    """Doubles H and W, halves C and, if `temporal`, doubles the frame rate: T -> 2T, and at a start T -> 2T - 1."""
+    """Doubles H and W, halves C and, if `temporal`, doubles the frame rate: T -> 2T, but frame 0 alone -> one."""
 
     def __init__(self, channels: int, temporal: bool) -> None:
         super().__init__()
@@ -224,16 +195,12 @@ class Upsample(nn.Module):
         self.resample = nn.ModuleDict({"1": DoublingConv(channels, channels // 2, 3, padding=1)})
 
     def forward(self, x: Tensor, memories: Memories) -> Tensor:
-        if self.time_conv is not None:
-            x = self._double_rate(self.time_conv, x, memories)
+        if self.time_conv is not None and self.time_conv in memories:
+            x = _interleave(memories.convolve(self.time_conv, x))
+        elif self.time_conv is not None:
+            B, C, _, H, W = x.shape
+            memories.begin(self.time_conv, x.new_zeros(B, 2, H, W, C).permute(0, 4, 1, 2, 3))
         return per_frame(self.resample["1"], x)
-
-    def _double_rate(self, time_conv: nn.Conv3d, x: Tensor, memories: Memories) -> Tensor:
-        if not memories.at_start:
-            return _interleave(time_conv(memories.prepend(x)))
-        first, rest = x[:, :, :1], x[:, :, 1:]
-        padded = memories.prepend(rest)
-        return torch.cat([first, _interleave(time_conv(padded))], dim=2) if rest.shape[2] else first
 
 
 def _interleave(x: Tensor) -> Tensor:
@@ -257,13 +224,30 @@ class Encoder(nn.Module):
         self.head = nn.ModuleDict(
             {"0": ChannelNorm(widths[-1]), "2": causal_conv(widths[-1], 2 * config.latent_channels)}
         )
+        count = config.res_blocks + 1
+        self.stages = [slice(i * count, (i + 1) * count) for i in range(len(widths))]  # of `downsamples`, finest first
 
-    def forward(self, frames: Tensor, memories: Memories) -> Tensor:
-        """frames (B, 3, T, H, W) -> what becomes mean and log-variance (B, 2 C, T', H / 8, W / 8)."""
-        x = self.conv1(memories.prepend(frames))
-        for layer in self.downsamples:
+    def forward(self, frames: Tensor, memories: Memories, at_once: int) -> Tensor:
+        """frames (B, 3, T, H, W) -> what becomes mean and log-variance (B, 2 C, T', H / 8, W / 8).
+
+        T is 1 at a scene's start and 4k after it. `at_once`: see `WanVAE`.
+        """
+        level, parts = len(self.stages) - 1, []
+        for piece in frames.split(at_once << level, dim=2):
+            x = self.middle(self._descend(piece, level, memories, at_once), memories)
+            parts.append(memories.convolve_normed(self.head["0"], self.head["2"], x))
+        return joined(parts)
+
+    def _descend(self, frames: Tensor, level: int, memories: Memories, at_once: int) -> Tensor:
+        """What the stage at 1 / 2^level of the size makes of the frames; the one before takes half as many at once."""
+        if level > 0:
+            pieces = frames.split(at_once << (level - 1), dim=2)
+            x = joined([self._descend(piece, level - 1, memories, at_once) for piece in pieces])
+        else:
+            x = memories.convolve(self.conv1, as_weights(frames, self.conv1))
+        for layer in self.downsamples[self.stages[level]]:
             x = layer(x, memories)
-        return norm_silu_conv(self.head, "0", "2", self.middle(x, memories), memories)
+        return x
 
 
 class Decoder(nn.Module):
@@ -282,17 +266,38 @@ class Decoder(nn.Module):
         self.middle = Middle(widths[0])
         self.upsamples = nn.ModuleList(layers)
         self.head = nn.ModuleDict({"0": ChannelNorm(widths[-1]), "2": causal_conv(widths[-1], 3)})
+        count = config.res_blocks + 2
+        coarsest_first = [slice(max(0, i * count - 1), (i + 1) * count - 1) for i in range(len(widths))]
+        self.stages = coarsest_first[::-1]  # of `upsamples`, finest first; all but the coarsest begin with a doubling
+        factors = [2 if temporal else 1 for temporal in config.temporal_downsample]
+        self.frames_each = [*accumulate(factors, mul), config.temporal_factor]  # that come of one that a stage takes
 
-    def forward(self, latents: Tensor, memories: Memories) -> Tensor:
-        """latents (B, C, T', H / 8, W / 8), not normalised -> frames (B, 3, T, H, W)."""
-        x = self.middle(self.conv1(memories.prepend(latents)), memories)
-        for layer in self.upsamples:
-            x = layer(x, memories)
-        return norm_silu_conv(self.head, "0", "2", x, memories)
+    def forward(self, latents: Tensor, memories: Memories, at_once: int) -> Iterator[Tensor]:
+        """latents (B, C, T', H / 8, W / 8), not normalised -> frames, one after the other in pieces (B, 3, T, H, W).
+
+        T' is 1 at a scene's start. `at_once`: see `WanVAE`.
+        """
+        return self._ascend(latents, len(self.stages) - 1, memories, at_once)
+
+    def _ascend(self, x: Tensor, level: int, memories: Memories, at_once: int) -> Iterator[Tensor]:
+        """Frames of x, which the stage at 1 / 2^level of the size takes; the one after takes half as many at once."""
+        for piece in x.split((at_once << level) // self.frames_each[level], dim=2):
+            if level == len(self.stages) - 1:
+                piece = self.middle(memories.convolve(self.conv1, piece), memories)
+            for layer in self.upsamples[self.stages[level]]:
+                piece = layer(piece, memories)
+            if level > 0:
+                yield from self._ascend(piece, level - 1, memories, at_once)
+            else:
+                yield memories.convolve_normed(self.head["0"], self.head["2"], piece)
 
 
 class WanVAE(nn.Module):
-    """Frames (B, 3, T, H, W) in [-1, 1] <-> normalised latents (B, 16, T', H / 8, W / 8). H, W: multiples of 8."""
+    """Frames (B, 3, T, H, W) in [-1, 1] <-> normalised latents (B, 16, T', H / 8, W / 8). H, W: multiples of 8.
+
+    `frames_at_once` bounds the memory and leaves the result: the stages at full size work on so many frames of the
+    video at a time, those at half of it on twice as many, and so on; no other stage's tensors are then larger.
+    """
 
     def __init__(self, config: WanVAEConfig) -> None:
         super().__init__()
@@ -301,6 +306,7 @@ class WanVAE(nn.Module):
         self.conv1 = nn.Conv3d(2 * config.latent_channels, 2 * config.latent_channels, 1)
         self.conv2 = nn.Conv3d(config.latent_channels, config.latent_channels, 1)
         self.decoder = Decoder(config)
+        self.frames_at_once = ALL_FRAMES
 
     def encode(self, frames: Tensor, state: VAEState | None = None) -> tuple[Tensor, VAEState]:
         """Encode 4k + 1 frames at a scene's start (`state` None), 4k after it; k + 1 or k latents come out.
@@ -310,27 +316,31 @@ class WanVAE(nn.Module):
         frames_left = (frames.shape[2] - (state is None)) % self.config.temporal_factor
         assert frames_left == 0, f"{frames.shape[2]} frames"
         assert all(side % self.config.spatial_factor == 0 for side in frames.shape[3:]), tuple(frames.shape)
-        memories = Memories(state)
-        moments = self.conv1(self.encoder(self._prepare(frames), memories))
+        memories = Memories(self.encoder, state)
+        moments = joined([self.encoder(part, memories, self.frames_at_once) for part in first_alone(frames, state)])
         mean, std = self._statistics(frames.device)
-        return (moments[:, : self.config.latent_channels].float() - mean) / std, memories.state()
+        return (self.conv1(moments)[:, : self.config.latent_channels].float() - mean) / std, memories.state()
 
     def decode(self, latents: Tensor, state: VAEState | None = None) -> tuple[Tensor, VAEState]:
         """Decode k + 1 normalised latents at a scene's start (`state` None) to 4k + 1 frames, k after it to 4k.
 
         The frames are float32 and not clamped.
         """
-        memories = Memories(state)
+        memories = Memories(self.decoder, state)
         mean, std = self._statistics(latents.device)
-        frames = self.decoder(self.conv2(self._prepare(latents.float() * std + mean)), memories)
-        return frames.float(), memories.state()
-
-    def _prepare(self, x: Tensor) -> Tensor:
-        """In the weights' type, channels last."""
-        return x.to(self.conv1.weight.dtype).contiguous(memory_format=torch.channels_last_3d)
+        latents = self.conv2(as_weights(latents.float() * std + mean, self.conv2))
+        B, _, T, H, W = latents.shape
+        scale, factor = self.config.spatial_factor, self.config.temporal_factor
+        count = factor * T - (factor - 1 if state is None else 0)
+        frames, done = torch.empty(B, 3, count, scale * H, scale * W, device=latents.device), 0
+        for part in first_alone(latents, state):
+            for piece in self.decoder(part, memories, self.frames_at_once):
+                frames[:, :, done : done + piece.shape[2]] = piece
+                done += piece.shape[2]
+        return frames, memories.state()
 
     def _statistics(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation (C, 1, 1, 1). Not buffers: these would be keys that no Wan2.1 checkpoint has."""
-        both = torch.tensor([self.config.latent_mean, self.config.latent_std], device=device)
+        both = to_device(torch.tensor([self.config.latent_mean, self.config.latent_std]), device)
         mean, std = both.view(2, -1, 1, 1, 1)
         return mean, std
