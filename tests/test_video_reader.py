@@ -81,7 +81,7 @@ def test_interlacing_that_begins_later_is_found_and_the_rest_left_alone(tmp_path
     assert not probe(joined).interlaced
     frames, notices = read(joined)
     kept, _ = read(joined, deinterlace=False)
-    assert notices == ["10 frames are interlaced: deinterlaced with bwdif"]
+    assert notices == ["the video is interlaced in 10 frames: deinterlaced with bwdif"]
     assert [frame.pts for frame in frames] == [frame.pts for frame in kept] == [3600 * n for n in range(20)]
     for number, (frame, before) in enumerate(zip(frames, kept, strict=True)):
         assert (frame.pixels == before.pixels).all() == (number < 10)
@@ -286,7 +286,7 @@ def test_interlaced_pictures_may_change_in_size(tmp_path: Path) -> None:
     frames, notices = read(joined)
     assert len(frames) == 20
     assert notices[0] == "the video is interlaced: deinterlaced with bwdif"
-    assert "10 frames were rescaled to 64x48" in notices[1]
+    assert "10 frames rescaled to 64x48" in notices[1]
     for index, frame in enumerate(frames[10:]):
         assert np.abs(frame.pixels.astype(int) - picture(index, SIZE)).mean() < 12
 

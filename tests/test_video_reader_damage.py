@@ -65,7 +65,7 @@ def test_one_flipped_bit_moves_one_frame(tmp_path: Path) -> None:
     assert len(wrong) == 1 and wrong[0] not in times
     with VideoReader(source) as reader:
         assert [frame.pts * frame.time_base for frame in reader] == times
-    assert reader.notices == ["1 frames had no usable timestamp and follow the ones before them"]
+    assert reader.notices == ["1 frame without a usable timestamp, placed after those before"]
 
 
 @pytest.mark.parametrize("count", [100, 200])
@@ -98,7 +98,8 @@ def test_zeros_in_a_transport_stream_are_said(tmp_path: Path, begin: int) -> Non
     with VideoReader(source) as reader:
         found = len(list(reader))
     assert 50 < found < 60
-    assert reader.notices == [f"damaged input: decoded {found} of 60 frames"]
+    assert reader.notices[-1] == f"damaged input: decoded {found} of 60 frames"
+    assert reader.notices[:-1] in ([], ["damaged input: parts of audio stream #1 (aac) are missing"])
 
 
 def test_uneven_frames_in_a_transport_stream_are_no_false_alarm(tmp_path: Path) -> None:
@@ -135,7 +136,7 @@ def test_frames_before_zero_come_before_those_with_a_time(tmp_path: Path) -> Non
         assert [frame.pts for frame in container.decode(video=0)][:7] == [None] * 5 + [0, 40]
     copied = copy_clip(source, target)
     assert copied.pts == list(range(-200, 800, 40))
-    assert copied.notices == ["5 frames had no usable timestamp and follow the ones before them"]
+    assert copied.notices == ["5 frames without a usable timestamp, placed after those before"]
     assert video_times(target) == [Fraction(pts + 200, 1000) for pts in copied.pts]
     assert start_time(target, "audio") - start_time(source, "audio") == Fraction(1, 5)
 
@@ -175,10 +176,10 @@ def test_sound_that_outlives_its_part_is_cut_and_said(tmp_path: Path) -> None:
     joined.write_bytes(2 * part.read_bytes())
     window = Window(moves=(Fraction(4, 5),))
     notice = copy_beside(joined, tmp_path / "out.mkv", window=window).notices[0]
-    assert notice.endswith("not copied: their times go back, as around damage or where parts overlap")
+    assert notice.endswith(" with times that go back, as around damage or where parts overlap")
     times = sound_times(part)
     overlapping = sum(time + Fraction(4, 5) <= times[-1] for time in times)
-    assert notice.startswith(f"{overlapping} packets of sound")
+    assert notice.startswith(f"left out: {overlapping} packets of sound")
 
 
 @pytest.mark.parametrize("until_the_end", [1, 2, 5, 40])

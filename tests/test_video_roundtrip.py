@@ -101,6 +101,25 @@ def test_late_start_keeps_the_offset_to_the_sound(tmp_path: Path, first: int, su
     assert abs(offsets[0] - offsets[1]) <= Fraction(1, 1000)
 
 
+@pytest.mark.parametrize("bframes", ["0", "3"])
+@pytest.mark.parametrize("gap", [3, 60, 3600])
+@pytest.mark.parametrize("suffix", [".mp4", ".mov"])
+def test_a_clock_that_is_too_fine_for_mp4_is_made_coarser(tmp_path: Path, suffix: str, gap: int, bframes: str) -> None:
+    """Its tables hold 2.1 s between two packets, or between a packet's times, in nanoseconds."""
+    ticks = [0, 33366667, 66733333, 100000000]
+    pts = ticks + [ticks[-1] + gap * 10**9 + tick for tick in ticks]
+    audio = ["aac"] if gap < 3600 else []
+    clip = Clip(pts=pts, time_base=Fraction(1, 10**9), codec="ffv1", pix_fmt="bgr0", audio=audio)
+    source, target = write_clip(tmp_path / "in.nut", clip), tmp_path / f"out{suffix}"
+    assert copy_clip(source, target, codec="h264", encoder_options=(("bf", bframes),)).notices == []
+    found, expected = video_times(target), video_times(source)
+    assert len(found) == len(expected)
+    assert max(abs(a - b) for a, b in zip(found, expected, strict=True)) < Fraction(1, 10**5)
+    if audio:
+        assert packet_hashes(target, "audio") == packet_hashes(source, "audio")
+        assert abs(start_time(target, "audio") - start_time(source, "audio")) < Fraction(1, 10**3)
+
+
 def test_rotated_clip_comes_out_upright(tmp_path: Path) -> None:
     clip = Clip(pts=(0, 512), rotation=90, aspect=Fraction(16, 11))
     source, target = write_clip(tmp_path / "in.mp4", clip), tmp_path / "out.mkv"
@@ -139,12 +158,27 @@ def test_lost_pixel_aspect_ratio_is_said(tmp_path: Path) -> None:
     assert "pixel aspect ratio 16/11 is not kept" in copy_clip(source, tmp_path / "out.mkv", codec="vp9").notices[0]
 
 
-def test_frames_without_times_are_placed_by_the_frame_rate(tmp_path: Path) -> None:
-    source = write_clip(tmp_path / "in.h264", Clip(pts=range(0, 8 * 512, 512)))
-    with VideoReader(source) as reader:
-        times = [frame.pts * frame.time_base for frame in reader]
-    assert times == [Fraction(index, 25) for index in range(8)]
-    assert "8 frames had no usable timestamp" in reader.notices[0]
+@pytest.mark.parametrize("rate", [Fraction(24), Fraction(30000, 1001), Fraction(50)])
+@pytest.mark.parametrize(("suffix", "codec"), [(".h264", "libx264"), (".hevc", "libx265"), (".m2v", "mpeg2video")])
+def test_raw_streams_have_the_rate_that_they_tell(tmp_path: Path, suffix: str, codec: str, rate: Fraction) -> None:
+    options = {"x265-params": "log-level=none"} if codec == "libx265" else {}
+    clip = Clip(pts=range(12), time_base=1 / rate, codec=codec, pix_fmt="yuv420p", options=options)
+    source, target = write_clip(tmp_path / f"in{suffix}", clip), tmp_path / "out.mp4"
+    assert probe(source).frame_rate == rate
+    assert copy_clip(source, target).notices == []
+    times = video_times(target)
+    assert times == [times[0] + index / rate for index in range(12)]
+
+
+@pytest.mark.parametrize(("suffix", "codec"), [(".h264", "libx264"), (".mjpeg", "mjpeg")])
+def test_a_raw_stream_without_a_rate_is_said(tmp_path: Path, suffix: str, codec: str) -> None:
+    """MJPEG has none, and the clock that x264 was given is not one."""
+    rate = Fraction(12800, 512)
+    ticks = Clip(pts=range(0, 8 * 512, 512)) if codec == "libx264" else Clip(pts=range(8), time_base=1 / rate)
+    source = write_clip(tmp_path / f"in{suffix}", Clip(**{**vars(ticks), "codec": codec, "pix_fmt": "yuvj420p"}))
+    copied = copy_clip(source, tmp_path / "out.mkv")
+    assert copied.notices == ["the raw stream tells no frame rate: 25 frames a second are assumed"]
+    assert video_times(tmp_path / "out.mkv") == [Fraction(index, 25) for index in range(8)]
 
 
 def test_gif_and_png_are_clips(tmp_path: Path) -> None:
@@ -162,7 +196,7 @@ def test_size_that_changes_in_mid_stream_loses_nothing(tmp_path: Path) -> None:
     joined = tmp_path / "joined.ts"
     joined.write_bytes(b"".join(part.read_bytes() for part in parts))
     copied = copy_clip(joined, tmp_path / "out.mp4")
-    assert "the size changes in mid-stream: 12 frames were rescaled to 64x64" in copied.notices
+    assert "the size changes in mid-stream: 12 frames rescaled to 64x64" in copied.notices
     assert len(video_times(tmp_path / "out.mp4")) == 24
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from fractions import Fraction
 from pathlib import Path
 
@@ -104,7 +105,9 @@ def test_damaged_sound_is_counted_and_the_rest_stays_in_place(tmp_path: Path) ->
             damaged.is_keyframe, damaged.stream = packet.is_keyframe, copies[packet.stream_index]
             out.mux(damaged)
     copier = copy_beside(source, tmp_path / "out.webm")
-    assert any("damaged packets of sound or subtitles were not copied" in notice for notice in copier.notices)
+    assert any(
+        re.fullmatch(r"left out: \d+ damaged packets? of sound or subtitles", notice) for notice in copier.notices
+    )
     heard = click_times(tmp_path / "out.webm")
     assert len(heard) >= 2
     assert max(min(abs(time - true) for true in click_times(whole)) for time in heard) <= 0.001

@@ -49,21 +49,24 @@ Dialogue: 0,0:00:01.00,0:00:01.90,Default,,0,0,0,,Ende
 VTT = "WEBVTT\n\n" + SRT.replace(",", ".").replace("Tag</i>.", "Tag</i>,")
 
 
-def titled(folder: Path, script: str, suffix: str = ".mkv") -> Path:
-    """Two seconds of a clip with one track of subtitles, German and forced."""
+TWO_SECONDS = Clip(pts=range(0, 50 * 512, 512))
+
+
+def titled(folder: Path, script: str, suffix: str = ".mkv", clip: Clip = TWO_SECONDS) -> Path:
+    """A clip with one track of subtitles, German and forced."""
     kind = "ass" if script.startswith("[") else "vtt" if script.startswith("WEBVTT") else "srt"
-    text, clip = folder / f"script.{kind}", write_clip(folder / "clip.mkv", Clip(pts=range(0, 50 * 512, 512)))
+    text, untitled = folder / f"script.{kind}", write_clip(folder / "clip.mkv", clip)
     text.write_text(script)
     path = folder / f"in{suffix}"
-    with av.open(str(clip)) as pictures, av.open(str(text)) as titles, av.open(str(path), "w") as out:
-        video = out.add_stream_from_template(pictures.streams.video[0], opaque=True)
+    with av.open(str(untitled)) as pictures, av.open(str(text)) as titles, av.open(str(path), "w") as out:
+        copies = [out.add_stream_from_template(stream, opaque=True) for stream in pictures.streams]
         lines = out.add_stream_from_template(titles.streams.subtitles[0])
         lines.metadata.update({"language": "ger", "title": "Untertitel"})
         lines.disposition = av.stream.Disposition.forced
-        for container, stream in ((titles, lines), (pictures, video)):
+        for container in (titles, pictures):
             for packet in container.demux():
                 if packet.size:
-                    packet.stream = stream
+                    packet.stream = lines if container is titles else copies[packet.stream_index]
                     out.mux(packet)
     return path
 
@@ -120,6 +123,65 @@ def test_text_becomes_what_the_container_holds(tmp_path: Path, script: str, suff
         stream = container.streams.subtitles[0]
         assert stream.codec_context.codec.canonical_name == becomes
         assert stream.language == "ger"
+
+
+def script_of(*events: tuple[int, int, str]) -> str:
+    """Start and end in tenths of a second, below an hour."""
+    clock = [f"00:{tenths // 600:02}:{tenths // 10 % 60:02},{tenths % 10}00" for *span, _ in events for tenths in span]
+    blocks = zip(clock[::2], clock[1::2], events, strict=True)
+    return "".join(f"{number}\n{a} --> {b}\n{text}\n\n" for number, (a, b, (*_, text)) in enumerate(blocks, 1))
+
+
+OVERLAPPING = (
+    (1, 9, "long"),
+    (3, 5, "inside"),
+    (8, 12, "over"),
+    (8, 12, "beside"),
+    (12, 14, "next"),
+    (13, 400, "late"),
+)
+SHOWN = (
+    (1, 3, "long"),
+    (3, 5, "long\ninside"),
+    (5, 8, "long"),
+    (8, 9, "long\nover\nbeside"),
+    (9, 12, "over\nbeside"),
+    (12, 13, "next"),
+    (13, 14, "next\nlate"),
+    (14, 400, "late"),
+)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "shown"), [(".mp4", SHOWN), (".mov", SHOWN), (".webm", OVERLAPPING), (".mkv", OVERLAPPING)]
+)
+def test_what_is_shown_at_the_same_time(tmp_path: Path, suffix: str, shown: tuple[tuple[int, int, str], ...]) -> None:
+    """mp4 and mov have one text at a time: it has all lines of its span."""
+    source, target = titled(tmp_path, script_of(*OVERLAPPING)), tmp_path / f"out{suffix}"
+    copy_beside(source, target)
+    assert_shown(target, [(Fraction(start, 10), Fraction(end, 10), text) for start, end, text in shown])
+
+
+def test_a_style_ends_with_its_line(tmp_path: Path) -> None:
+    source = titled(tmp_path, script_of((1, 9, "<b>bold"), (3, 5, "plain")))
+    copy_beside(source, tmp_path / "out.mp4")
+    copy_beside(tmp_path / "out.mp4", tmp_path / "out.mkv")
+    with av.open(str(tmp_path / "out.mkv")) as container:
+        texts = [bytes(packet) for packet in container.demux(subtitles=0) if packet.size]
+    assert texts == [b"<b>bold</b>", b"<b>bold</b>\nplain", b"<b>bold</b>"]
+
+
+def test_texts_are_not_held_to_the_end(tmp_path: Path) -> None:
+    """They lie beside the sound of their time in the file, not behind all of it."""
+    clip = Clip(pts=range(0, 40 * 12800, 12800), codec="ffv1", pix_fmt="bgr0", audio=["aac"])
+    titled(tmp_path, script_of((10, 30, "early"), (20, 25, "both"), (350, 370, "late")), clip=clip)
+    copy_beside(tmp_path / "in.mkv", tmp_path / "out.mp4")
+    with av.open(str(tmp_path / "out.mp4")) as container:
+        packets = [packet for packet in container.demux() if packet.size]
+        sound = [(p.pos, p.pts * p.time_base) for p in packets if p.stream.type == "audio"]
+        texts = [p.pos for p in packets if p.stream.type == "subtitle" and p.size > 2]
+    assert len(texts) == 4
+    assert max(time for place, time in sound if place < texts[2]) < 20
 
 
 @pytest.mark.parametrize("suffix", [".mkv", ".webm", ".mp4", ".mov"])

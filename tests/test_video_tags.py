@@ -129,6 +129,61 @@ def test_what_a_camera_says_is_kept_under_common_names(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("place", "is_rounded"), [("+48.1371+011.5755/", False), ("+48.137154+011.575490+519.123/", True)]
+)
+def test_a_rounded_location_is_said(tmp_path: Path, place: str, is_rounded: bool) -> None:
+    source = write_clip(tmp_path / "in.mkv", Clip(metadata={"location": place}))
+    kept, notices = copied(source, tmp_path / "out.mp4")
+    assert kept["location"].startswith("+48.1371+011.5755")
+    assert notices == (["the location is rounded to about 2 m: mp4 does so"] if is_rounded else [])
+    assert all(isinstance(notice, Remark) for notice in notices)
+    for suffix in (".mov", ".mkv"):
+        kept, notices = copied(source, tmp_path / f"out{suffix}")
+        assert (kept["location"], notices) == (place, [])
+
+
+def test_a_text_in_a_second_language_is_said(tmp_path: Path) -> None:
+    tags = {"title": "A clip", "title-ger": "Ein Stück", "comment": "same", "comment-eng": "same"}
+    source = write_clip(tmp_path / "clip.mkv", Clip(metadata=tags, audio=["aac"]))
+    for suffix, name in ((".mp4", "mp4"), (".mov", "mov")):
+        kept, notices = copied(source, tmp_path / f"out{suffix}")
+        assert (kept["title"], kept["comment"]) == ("A clip", "same")
+        assert notices == [f"metadata is not kept, {name} does not hold it: TITLE-ger"]
+    kept, notices = copied(source, tmp_path / "out.mkv")
+    assert (kept["title"], kept["title-ger"], notices) == ("A clip", "Ein Stück", [])
+    source = tagged(source, tmp_path / "in.mkv", {}, {"title": "Sound", "title-ger": "Ton"})
+    assert copied(source, tmp_path / "streams.mp4")[1] == [
+        "metadata of streams is not kept, mp4 does not hold it: TITLE-ger (#1)"
+    ]
+
+
+def test_marks_of_the_picture_are_kept_or_said(tmp_path: Path) -> None:
+    def put(out: object, copies: dict[int, av.stream.Stream]) -> None:
+        copies[0].disposition = Disposition.original
+
+    source = edited(write_clip(tmp_path / "clip.mkv"), tmp_path / "in.mkv", put)
+    assert copied(source, tmp_path / "out.mkv")[1] == []
+    for suffix, name in ((".mp4", "mp4"), (".mov", "mov")):
+        assert copied(source, tmp_path / f"out{suffix}")[1] == [
+            f"video stream #0 (h264) is no longer marked `original`: {name} does not hold it"
+        ]
+
+
+def test_one_mark_of_mp4_is_two_names(tmp_path: Path) -> None:
+    """`captions` are what `hearing_impaired` says already."""
+
+    def put(out: object, copies: dict[int, av.stream.Stream]) -> None:
+        copies[1].disposition = Disposition.hearing_impaired
+
+    source = edited(write_clip(tmp_path / "clip.mkv", Clip(audio=["aac"])), tmp_path / "in.mp4", put)
+    with av.open(str(source)) as container:
+        assert Disposition.captions & container.streams.audio[0].disposition
+    assert copied(source, tmp_path / "out.mkv")[1] == []
+    with av.open(str(tmp_path / "out.mkv")) as container:
+        assert Disposition.hearing_impaired & container.streams.audio[0].disposition
+
+
+@pytest.mark.parametrize(
     ("suffix", "lost"),
     [
         (".mkv", set()),

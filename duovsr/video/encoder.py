@@ -23,7 +23,7 @@ from duovsr.video.output import disk_errors
 from duovsr.video.reader import Frame
 
 NUMBER_BASE = Fraction(1, 1000)  # Matroska's own clock: a frame's number is then exact
-_LARGEST_REORDERING = 32  # frames; no encoder holds back more
+LARGEST_REORDERING = 32  # frames; no encoder holds back more
 
 
 class VideoEncoder:
@@ -158,7 +158,7 @@ class VideoEncoder:
                 if self._numbered:
                     assert packet.pts is not None, "encoders pass times on"
                     packet.pts = self._numbers.pop(packet.pts)
-                    packet.dts = self._packets - _LARGEST_REORDERING
+                    packet.dts = self._packets - LARGEST_REORDERING
                     packet.duration, packet.time_base = 1, NUMBER_BASE
                     self.reordering = max(self.reordering, self._packets - packet.pts)
                 self._packets += 1

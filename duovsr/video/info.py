@@ -12,8 +12,9 @@ import av
 
 from duovsr.errors import InputError
 from duovsr.video.color import ColorTags, bit_depth, chroma_samples, picture_tags
+from duovsr.video.container import codec_name, main_video, open_input
 from duovsr.video.sidedata import HDRMetadata, MasteringDisplay, SideData
-from duovsr.video.source import IMAGES_RATE, Source, codec_name, main_video, open_input, open_source
+from duovsr.video.source import IMAGES_RATE, Source, open_source
 
 __all__ = [
     "ColorTags",

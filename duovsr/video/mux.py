@@ -16,12 +16,16 @@ from av.container import OutputContainer
 from av.video.stream import VideoStream
 
 from duovsr.errors import DuovsrError, UsageError
+from duovsr.video.boxes import refer_to_chapters
 from duovsr.video.codecs import Encoding
-from duovsr.video.encoder import VideoEncoder
+from duovsr.video.encoder import LARGEST_REORDERING, VideoEncoder
 from duovsr.video.info import VideoInfo
 from duovsr.video.output import CONTAINERS, Target, disk_errors
 from duovsr.video.reader import Frame
 from duovsr.video.remux import StreamCopier, Window
+
+_QUICK = ("mp4", "mov")
+_LONGEST_STEP = 2**31 - 1  # ticks: more do not fit into mp4's tables, and FFmpeg fails, or writes a wrong number
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,8 @@ def join_pieces(
     Returns what people should know of the streams. Raises `UsageError` where the container does not hold the codec,
     `NoSpaceError`, and `DuovsrError` where the file cannot be finished.
     """
-    options = _muxer_options(format_name, source.time_base)
+    clock = _clock(pieces, source, end) if format_name in _QUICK else source.time_base
+    options = _muxer_options(format_name, clock)
     copier: StreamCopier | None = None
     with disk_errors(target):
         container = av.open(
@@ -65,6 +70,7 @@ def join_pieces(
         )
     try:
         video, notices = _add_video(container, str(pieces[0].path.absolute()), format_name, source, encoding)
+        video.time_base = clock
         if copy_streams:
             copier = StreamCopier(source.path, container, video, window=window, audio=audio, subtitles=subtitles)
         with disk_errors(target):
@@ -75,7 +81,10 @@ def join_pieces(
                 container.mux(packet)
             if copier is not None:
                 copier.finish()
+            is_alone = format_name in _QUICK and len(container.streams) == 1 and bool(container.chapters())
             container.close()
+            if is_alone:
+                refer_to_chapters(target)
     except av.error.FFmpegError as error:
         hint = None if format_name == "matroska" else "write to .mkv, which holds most"
         raise DuovsrError(f"the {format_name} file cannot be finished: {error.strerror}", hint=hint) from error
@@ -125,7 +134,7 @@ def _add_video(
             raise _not_held(format_name, encoding) from error
         tag, codec = template.codec_context.codec_tag, template.codec_context.name
     stream.time_base = source.time_base
-    quick = format_name in ("mp4", "mov")
+    quick = format_name in _QUICK
     if quick and codec in ("hevc", "prores"):
         # Apple's players refuse the default of hevc, hev1; of ProRes, the tag alone tells which kind it is.
         stream.codec_context.codec_tag = "hvc1" if codec == "hevc" else tag
@@ -175,10 +184,22 @@ def _packets(pieces: Sequence[Piece], source: VideoInfo, shift: Fraction, end: i
         start += len(piece.pts)
 
 
-def _muxer_options(format_name: str, time_base: Fraction) -> dict[str, str]:
-    if format_name in ("mp4", "mov"):
+def _clock(pieces: Sequence[Piece], source: VideoInfo, end: int) -> Fraction:
+    """The source's clock, or of it multiplied by ten, a hundred and so on the finest whose ticks between packets, and
+    from a dts to its pts, are few enough for mp4: with ticks of a nanosecond, 2.1 s are not."""
+    shown = np.array([*(pts for piece in pieces for pts in piece.pts), end])
+    apart = min(LARGEST_REORDERING, len(shown) - 1)
+    longest = int((shown[apart:] - shown[:-apart]).max())
+    clock = source.time_base
+    while longest * source.time_base / clock > _LONGEST_STEP:
+        clock *= 10
+    return clock
+
+
+def _muxer_options(format_name: str, clock: Fraction) -> dict[str, str]:
+    if format_name in _QUICK:
         # A late start is kept in movie time, 1/1000 s by default: count in the video's own units.
-        unit = time_base.denominator
+        unit = clock.denominator
         return {"movie_timescale": str(unit * -(-1000 // unit))}
     # Without this a negative first timestamp (AAC from mp4 starts at -21 ms) moves all streams, the video too.
     return {"avoid_negative_ts": "disabled"}

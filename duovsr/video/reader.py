@@ -14,10 +14,12 @@ import av
 import numpy as np
 
 from duovsr.errors import InputError, Remark, UsageError
-from duovsr.options import Position
+from duovsr.options import Decoder, Position
 from duovsr.video.color import ColorTags, FrameToRgb, decoding_tags, picture_tags
+from duovsr.video.container import counted
 from duovsr.video.deinterlace import deinterlaced
 from duovsr.video.info import describe, first_picture, has_alpha, has_fields
+from duovsr.video.nvdec import NvdecSource
 from duovsr.video.sidedata import SideData
 from duovsr.video.source import open_source
 from duovsr.video.timeline import LOOK_AHEAD, Timeline
@@ -46,8 +48,8 @@ class VideoReader:
     seconds of the piece's first frame and of the first frame after it, each None where it was not asked for or not
     reached. `end` is then the pts at which the last frame ends, and `moves` are the seconds by which frames were moved
     on, one for each place where the source's time starts again. Raises `InputError` for what is not a video, an unknown
-    colour matrix and images of several sizes, and `UsageError` for a piece without frames and a frame rate for a source
-    that has its own times.
+    colour matrix and images of several sizes, and `UsageError` for a piece without frames, a frame rate for a source
+    that has its own times, and what `decoder` does not decode (see `NvdecSource`).
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class VideoReader:
         start: Position | None = None,
         end: Position | None = None,
         frame_rate: Fraction | None = None,
+        decoder: Decoder = "software",
     ) -> None:
         _check_piece(start, end)
         self.notices: list[str] = []
@@ -67,7 +70,8 @@ class VideoReader:
         self._start, self._end = start, end
         self._interlaced = self._damaged = self._rescaled = 0
         self._late_alpha = False
-        self._source = open_source(path, frame_rate)
+        self._not_kept: dict[str, None] = {}
+        self._source = open_source(path, frame_rate) if decoder == "software" else NvdecSource(path, frame_rate)
         try:
             pictures = self._source.pictures()
             first = first_picture(self._source, pictures)
@@ -84,8 +88,6 @@ class VideoReader:
         except BaseException:
             self._source.close()
             raise
-        if side_data.has_dynamic_hdr:
-            self.notices.append("dynamic HDR metadata (HDR10+, Dolby Vision) is not kept")
 
     def __enter__(self) -> VideoReader:
         return self
@@ -121,6 +123,7 @@ class VideoReader:
                 continue
             picture.pts = self._timeline.place(picture.pts, [after.pts for after in held if after is not None])
             self.frames_read += 1
+            self._not_kept |= dict.fromkeys(SideData(picture).not_kept(self._source.views_are_tagged))
             self._damaged += picture.is_corrupt
             self._interlaced += picture.interlaced_frame
             self.end = picture.pts + self._duration(picture)
@@ -174,20 +177,20 @@ class VideoReader:
         return FrameToRgb(known, self.info.bit_depth, None if self._source.stills else self._coded_size)
 
     def _findings(self) -> list[str]:
-        findings: list[str] = []
+        findings: list[str] = [f"{what} is not kept" for what in self._not_kept]
         if self._interlaced and has_fields(self.info.codec):
-            share = "the video is" if self._interlaced == self.frames_read else f"{self._interlaced} frames are"
+            share = "" if self._interlaced == self.frames_read else f" in {counted(self._interlaced, 'frame')}"
             kept = "deinterlaced with bwdif" if self._deinterlace else "the fields are upscaled as they are woven"
-            findings.append(Remark(f"{share} interlaced: {kept}"))
+            findings.append(Remark(f"the video is interlaced{share}: {kept}"))
         if self._rescaled:
             size = f"{self._coded_size[0]}x{self._coded_size[1]}"
-            findings.append(f"the size changes in mid-stream: {self._rescaled} frames were rescaled to {size}")
+            rescaled = counted(self._rescaled, "frame")
+            findings.append(f"the size changes in mid-stream: {rescaled} rescaled to {size}")
         if self._late_alpha:
             findings.append("transparency that begins after the first frame is not kept")
         if self._timeline.misplaced:
-            findings.append(
-                f"{self._timeline.misplaced} frames had no usable timestamp and follow the ones before them"
-            )
+            misplaced = counted(self._timeline.misplaced, "frame")
+            findings.append(f"{misplaced} without a usable timestamp, placed after those before")
         whole = self.window[1] is None
         if self._source.damaged or self._damaged or (whole and self._source.is_incomplete(self.frames_read)):
             of = f" of {self.info.num_frames}" if self.info.num_frames and whole else ""

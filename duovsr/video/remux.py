@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import io
-import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import av
 from av.audio.stream import AudioStream
@@ -19,11 +18,19 @@ from av.subtitles.stream import SubtitleStream
 from av.video.stream import VideoStream
 
 from duovsr.errors import Remark
-from duovsr.video.info import codec_name, main_video, open_input
-from duovsr.video.sound import LAYOUTS, SoundConverter, encoders_for, short_packets
+from duovsr.video.container import codec_name, counted, label_of, main_video, open_input
+from duovsr.video.sound import SoundConverter, add_copy, encoders_for, has_format, short_packets, silent_packet
 from duovsr.video.subtitles import KINDS, SubtitleConverter
-from duovsr.video.tags import file_tags, marks_not_held, stream_tags, stream_tags_not_held, tags_not_held
-from duovsr.video.window import WHOLE, JoinedTime, PieceEnd, SteadyTime, Window, decoding_time
+from duovsr.video.tags import (
+    file_tags,
+    is_location_rounded,
+    marks_not_held,
+    stream_tags,
+    stream_tags_not_held,
+    tags_not_held,
+)
+from duovsr.video.timecode import Timecode
+from duovsr.video.window import INTERLEAVING, WHOLE, JoinedTime, PieceEnd, SteadyTime, Window, decoding_time
 
 __all__ = ["StreamCopier", "Window"]
 
@@ -82,14 +89,15 @@ class StreamCopier:
         self._input = open_input(source)
         self._joined, self._steady, self._end = JoinedTime(window.moves), SteadyTime(), PieceEnd(window.end)
         self._routes: dict[int, _Route] = {}
+        self._texts: list[SubtitleConverter] = []
         self._covers: list[av.Packet[Any]] = []
         self._refused = self._damaged = 0
         self._lost_tags: dict[str, list[str]] = {}  # the streams that have such tags, and lose them
         main = main_video(self._input, source)
         self._copy_file_properties()
         self._copy_properties(main, video)
-        self._note_lost_tags(main, video)
-        self._settle_timecode(video)
+        self._note_losses(main, video)
+        self._settle_timecode(main, video)
         for stream in self._input.streams:
             if stream.index != main.index and stream.type not in self._left_out:
                 self._add(source, stream)
@@ -114,16 +122,17 @@ class StreamCopier:
             self._copy_pending()
         damaged = self._damaged + sum(route.damaged for route in self._routes.values())
         if damaged:
-            self.notices.append(f"{damaged} damaged packets of sound or subtitles were not copied")
+            self.notices.append(f"left out: {counted(damaged, 'damaged packet')} of sound or subtitles")
         if self._refused:
-            reason = "their times go back, as around damage or where parts overlap"
-            self.notices.append(f"{self._refused} packets of sound or subtitles were not copied: {reason}")
+            late = counted(self._refused, "packet")
+            reason = "as around damage or where parts overlap"
+            self.notices.append(f"left out: {late} of sound or subtitles with times that go back, {reason}")
 
     def close(self) -> None:
         self._input.close()
 
     def _add(self, source: Path, stream: Stream) -> None:
-        label = f"{stream.type} stream #{stream.index} ({codec_name(stream)})"
+        label = label_of(stream)
         container = self._target.format.name
         if isinstance(stream, VideoStream):
             if not stream.disposition & Disposition.attached_pic:
@@ -148,15 +157,16 @@ class StreamCopier:
         """Sound or subtitles: as they are, else as another kind, else not at all."""
         container = self._target.format.name
         route: _Route | None = None
-        if isinstance(stream, AudioStream) and stream.codec_context and not _has_format(stream):
+        if isinstance(stream, AudioStream) and stream.codec_context and not has_format(stream):
             self.notices.append(f"{label} is not kept: none of it decodes")  # and muxers fail on it at the very end
             return
-        if self._is_held(lambda trial: _add_copy(stream, trial), silence=_silent_packet(stream)):
-            route = _Copy(_add_copy(stream, self._target))
+        if self._is_held(lambda trial: add_copy(stream, trial), silence=silent_packet(stream)):
+            route = _Copy(add_copy(stream, self._target))
         elif isinstance(stream, SubtitleStream) and stream.codec_context and stream.codec_context.codec.text_sub:
             kind = KINDS[container]
             if self._is_held(lambda trial: SubtitleConverter(stream, trial, kind)):
                 route = SubtitleConverter(stream, self._target, kind)
+                self._texts.append(route)
                 self.notices.append(Remark(f"{label} is converted to {kind}: {container} does not hold it"))
         elif isinstance(stream, AudioStream) and stream.codec_context:
             for encoder in encoders_for(stream, container):
@@ -169,9 +179,7 @@ class StreamCopier:
             self.notices.append(f"{label} is not kept: {container} does not hold it")
             return
         self._copy_properties(stream, route.stream)
-        self._note_lost_tags(stream, route.stream)
-        for mark in marks_not_held(stream.disposition, container):
-            self.notices.append(f"{label} is no longer marked `{mark}`: {container} does not hold it")
+        self._note_losses(stream, route.stream)
         self._routes[stream.index] = route
 
     def _check_subtitles_on(self) -> None:
@@ -225,6 +233,8 @@ class StreamCopier:
         lost = tags_not_held(self._target)
         if lost:
             self.notices.append(f"metadata is not kept, {self._target.format.name} does not hold it: {', '.join(lost)}")
+        if is_location_rounded(self._target):
+            self.notices.append(Remark(f"the location is rounded to about 2 m: {self._target.format.name} does so"))
         chapters = self._window.chapters(self._input.chapters())
         if chapters:
             self._target.set_chapters(chapters)
@@ -237,25 +247,28 @@ class StreamCopier:
             copy.metadata["language"] = _MOV_LANGUAGES[language]
         copy.disposition = stream.disposition
 
-    def _note_lost_tags(self, stream: Stream, copy: Stream) -> None:
+    def _note_losses(self, stream: Stream, copy: Stream) -> None:
+        """Of tags, to be said together, and of marks."""
         for key in stream_tags_not_held(self._target, copy):
             self._lost_tags.setdefault(key, []).append(f"#{stream.index}")
+        container = self._target.format.name
+        for mark in marks_not_held(stream.disposition, container):
+            self.notices.append(f"{label_of(stream)} is no longer marked `{mark}`: {container} does not hold it")
 
-    def _settle_timecode(self, video: VideoStream) -> None:
-        """mp4 and mov make a timecode track of such metadata, and fail where it makes no sense."""
+    def _settle_timecode(self, main: VideoStream, video: VideoStream) -> None:
+        """A piece begins at a later one than the whole. mp4 and mov make a track of it, and fail where it makes no
+        sense."""
         rate = video.codec_context.framerate  # `average_rate` comes with the header
-        keys = [(held.metadata, key) for held in (video, self._target) for key in held.metadata]
-        for metadata, key in [(metadata, key) for metadata, key in keys if key.lower() == "timecode"]:
-            reason = None
-            if self._window.start:
-                reason = "it counts from the start of the whole video"
-            elif self._target.format.name in ("mp4", "mov") and not _is_timecode(metadata[key], rate):
-                known = f"{rate} frames a second" if rate else "an unknown frame rate"
-                reason = f"`{metadata[key]}` does not go with {known}"
-            if reason is not None:
-                del metadata[key]
-                notice = f"the timecode is not kept: {reason}"
-                self.notices += [notice] if notice not in self.notices else []
+        start, begin = self._window.start, (main.start_time or 0) * (main.time_base or 0)
+        for metadata in (video.metadata, self._target.metadata):
+            for key in [key for key in metadata if key.lower() == "timecode"]:
+                first = Timecode.parse(metadata[key], rate)
+                if first is not None and start is not None:
+                    metadata[key] = str(first.after(start - begin))
+                elif first is None and (start is not None or self._target.format.name in ("mp4", "mov")):
+                    known = f"{rate} frames a second" if rate else "an unknown frame rate"
+                    notice = f"the timecode is not kept: `{metadata.pop(key)}` does not go with {known}"
+                    self.notices += [notice] if notice not in self.notices else []
 
     def _flow(self) -> Iterator[av.Packet[Any]]:
         """All packets to be written, in order, at their times in the output."""
@@ -285,7 +298,10 @@ class StreamCopier:
         is_cut = self._window.start is not None or self._window.end is not None
         for part in short_packets(packet) if is_cut else (packet,):
             if self._window.place(part, clip=isinstance(part.stream, SubtitleStream)):
+                time = decoding_time(part)
                 yield from self._routes[part.stream_index].convert(part)
+                for texts in self._texts:
+                    yield from texts.shown_until(time - INTERLEAVING)
 
     def _copy_pending(self) -> None:
         packet = self._pending
@@ -297,41 +313,3 @@ class StreamCopier:
         except (av.error.InvalidDataError, av.error.PatchWelcomeError):  # of muxers that look into AAC of MPEG-TS
             self._damaged += 1
         self._pending = next(self._packets, None)
-
-
-def _add_copy(stream: Stream, target: OutputContainer) -> Stream:
-    """A track for the packets of `stream`. mp4 names the place of every channel of PCM, which mkv, avi and nut do not
-    know: there it is the usual one where so many are, as for players."""
-    copy = target.add_stream_from_template(stream)
-    if isinstance(copy, AudioStream) and _is_pcm(stream) and target.format.name == "mp4":
-        layout = copy.codec_context.layout
-        if layout.name == f"{layout.nb_channels} channels" and layout.nb_channels in LAYOUTS:
-            copy.codec_context.layout = LAYOUTS[layout.nb_channels]
-    return copy
-
-
-def _silent_packet(stream: Stream) -> av.Packet[Any] | None:
-    """Whole samples of PCM, as deep as they may be; None for other codecs, whose packets are not as easy to make."""
-    if not isinstance(stream, AudioStream) or not _is_pcm(stream):
-        return None
-    packet: av.Packet[Any] = av.Packet(bytes(24 * stream.codec_context.layout.nb_channels))
-    packet.pts, packet.dts, packet.time_base = 0, 0, Fraction(1, 1000)
-    return packet
-
-
-def _is_pcm(stream: Stream) -> bool:
-    return codec_name(stream).startswith("pcm_")
-
-
-def _has_format(stream: AudioStream) -> bool:
-    """Whether FFmpeg found out how samples look: of damaged sound, PyAV's format is None, against its own types."""
-    return cast("object", stream.codec_context.format) is not None
-
-
-def _is_timecode(text: str, rate: Fraction | None) -> bool:
-    """Whether FFmpeg's muxers take it, as hours:minutes:seconds:frames; a `;` drops numbers, at about 30 a second."""
-    parts = re.fullmatch(r"(\d\d):(\d\d):(\d\d)([:;.])(\d\d+)", text)
-    if parts is None or not rate:
-        return False
-    drops = parts[4] != ":"
-    return int(parts[5]) < round(rate) < 256 and (not drops or round(rate) % 30 == 0)

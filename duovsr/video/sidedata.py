@@ -15,7 +15,16 @@ _Point = tuple[int, int]  # CIE 1931 x and y, in 1/50000
 
 # Types that PyAV's enum has no names for, EXIF (31) among them: it raises at them, whichever type is asked for.
 _NAMELESS_TYPES = range(28, 40)
-_DYNAMIC_HDR = ("DYNAMIC_HDR_PLUS", "DYNAMIC_HDR_VIVID", "DOVI_METADATA", "DOVI_RPU_BUFFER")
+# PyAV frees a profile's name, which PNG has, as its own: FFmpeg frees it again, and the process dies.
+_FORMATS_OF_PNG = ("rgb", "pal", "gray", "ya", "mono")
+_HDR = "dynamic HDR metadata (HDR10+, Dolby Vision)"
+_NOT_KEPT = {  # PyAV has no way to give it to an encoder
+    **dict.fromkeys(("DYNAMIC_HDR_PLUS", "DYNAMIC_HDR_VIVID", "DOVI_METADATA", "DOVI_RPU_BUFFER"), _HDR),
+    "A53_CC": "closed captioning inside the pictures",
+    "STEREO3D": "the arrangement of the two views of 3D",
+    "SPHERICAL": "the projection of 360-degree video",
+    "ICC_PROFILE": "the ICC colour profile",
+}
 
 
 @dataclass(frozen=True)
@@ -56,10 +65,15 @@ class SideData:
     """The side data of one picture."""
 
     def __init__(self, picture: av.VideoFrame) -> None:
+        self._has_named_profile = False
+        if picture.format.name.startswith(_FORMATS_OF_PNG):
+            self._has_named_profile = _filtered(picture, "mode=select:type=ICC_PROFILE") is not None
+            if self._has_named_profile:
+                picture = _without(picture, "ICC_PROFILE")
         try:
             items = _items(picture)
         except ValueError:
-            items = _items(_without_nameless_types(picture))
+            items = _items(_without(picture, *_NAMELESS_TYPES))
         self._data = {item.type.name: bytes(memoryview(item)) for item in items}
 
     @property
@@ -78,10 +92,13 @@ class SideData:
         cll, fall = struct.unpack_from("=2I", light) if light else (0, 0)
         return HDRMetadata(display, (cll, fall) if light else None)
 
-    @property
-    def has_dynamic_hdr(self) -> bool:
-        """Whether brightness is described scene by scene (HDR10+, Dolby Vision)."""
-        return any(kind in self._data for kind in _DYNAMIC_HDR)
+    def not_kept(self, views_are_tagged: bool) -> list[str]:
+        """What encoders are not told, in words; `views_are_tagged`: the stream's own tags say how 3D is arranged."""
+        views = self._data.get("STEREO3D", b"")[:4]  # an int, 0 for a single one
+        profile = self._data.get("ICC_PROFILE", b"").replace(b"\0", b"")
+        harmless = {"STEREO3D": views_are_tagged or not any(views), "ICC_PROFILE": b"sRGB" in profile}
+        kinds = {*self._data, *(["ICC_PROFILE"] if self._has_named_profile else [])}
+        return [what for kind, what in _NOT_KEPT.items() if kind in kinds and not harmless.get(kind)]
 
     def _mastering_display(self) -> MasteringDisplay | None:
         """AVMasteringDisplayMetadata: rationals of two ints, x and y of red, green, blue and white, the least and the
@@ -104,12 +121,21 @@ def _items(picture: av.VideoFrame) -> SideDataContainer:
     return SideDataContainer(picture)  # type: ignore[call-arg]  # PyAV's stubs lack the argument
 
 
-def _without_nameless_types(picture: av.VideoFrame) -> av.VideoFrame:
+def _without(picture: av.VideoFrame, *kinds: str | int) -> av.VideoFrame:
+    cleaned = _filtered(picture, *(f"mode=delete:type={kind}" for kind in kinds))
+    assert cleaned is not None, "nothing is held back"
+    return cleaned
+
+
+def _filtered(picture: av.VideoFrame, *tasks: str) -> av.VideoFrame | None:
+    """After FFmpeg's filter of side data; None: it holds the picture back."""
     graph = Graph()
     source = graph.add_buffer(
         width=picture.width, height=picture.height, format=picture.format, time_base=picture.time_base
     )
-    cleaners = [graph.add("sidedata", f"mode=delete:type={number}") for number in _NAMELESS_TYPES]
-    graph.link_nodes(source, *cleaners, graph.add("buffersink")).configure()
+    graph.link_nodes(source, *(graph.add("sidedata", task) for task in tasks), graph.add("buffersink")).configure()
     graph.vpush(picture)
-    return graph.vpull()
+    try:
+        return graph.vpull()
+    except av.error.BlockingIOError:
+        return None

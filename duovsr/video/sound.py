@@ -1,11 +1,11 @@
-"""Sound of one kind as another, for containers that do not hold it."""
+"""Sound as it is, or of another kind, for containers that do not hold it."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
 from fractions import Fraction
-from typing import Any
+from typing import Any, cast
 
 import av
 from av.audio.codeccontext import AudioCodecContext
@@ -13,6 +13,9 @@ from av.audio.frame import AudioFrame
 from av.audio.stream import AudioStream
 from av.codec import Codec
 from av.container import OutputContainer
+from av.stream import Stream
+
+from duovsr.video.container import codec_name
 
 # Container: encoders for sound that is lossy already, and for sound that is not; the first that takes it.
 _LOSSY = {"mp4": ("aac",), "mov": ("aac",), "matroska": ("flac",), "webm": ("libopus",)}
@@ -44,6 +47,35 @@ def short_packets(packet: av.Packet[Any]) -> Iterator[av.Packet[Any]]:
         part.pts = part.dts = packet.pts + round(first / tick)
         part.duration = round(last / tick) - round(first / tick)
         yield part
+
+
+def add_copy(stream: Stream, target: OutputContainer) -> Stream:
+    """A track for the packets of `stream`. mp4 names the place of every channel of PCM, which mkv, avi and nut do not
+    know: there it is the usual one where so many are, as for players."""
+    copy = target.add_stream_from_template(stream)
+    if isinstance(copy, AudioStream) and _is_pcm(stream) and target.format.name == "mp4":
+        layout = copy.codec_context.layout
+        if layout.name == f"{layout.nb_channels} channels" and layout.nb_channels in LAYOUTS:
+            copy.codec_context.layout = LAYOUTS[layout.nb_channels]
+    return copy
+
+
+def silent_packet(stream: Stream) -> av.Packet[Any] | None:
+    """Whole samples of PCM, as deep as they may be; None for other codecs, whose packets are not as easy to make."""
+    if not isinstance(stream, AudioStream) or not _is_pcm(stream):
+        return None
+    packet: av.Packet[Any] = av.Packet(bytes(24 * stream.codec_context.layout.nb_channels))
+    packet.pts, packet.dts, packet.time_base = 0, 0, Fraction(1, 1000)
+    return packet
+
+
+def _is_pcm(stream: Stream) -> bool:
+    return codec_name(stream).startswith("pcm_")
+
+
+def has_format(stream: AudioStream) -> bool:
+    """Whether FFmpeg found out how samples look: of damaged sound, PyAV's format is None, against its own types."""
+    return cast("object", stream.codec_context.format) is not None
 
 
 def encoders_for(source: AudioStream, format_name: str) -> tuple[str, ...]:

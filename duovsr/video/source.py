@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from fractions import Fraction
@@ -10,27 +9,22 @@ from pathlib import Path
 from typing import Any
 
 import av
-import numpy as np
-from av.container import InputContainer
 from av.packet import PktSideDataT
-from av.stream import Disposition, Stream
 from av.video.codeccontext import VideoCodecContext
 from av.video.stream import VideoStream
 
-from duovsr.errors import InputError, UsageError
+from duovsr.errors import InputError, Remark, UsageError
 from duovsr.options import PIPE
+from duovsr.video.container import average_rate, codec_name, counted, has_times, label_of, main_video, open_input
 from duovsr.video.images import is_sequence, numbered_files
 from duovsr.video.sidedata import SideData
+from duovsr.video.transport import Losses, losses
 
 IMAGES_RATE = Fraction(25)
-_CLOCK_RATE = 1000  # frames a second
 _HOLE = 1024  # bytes between two packets, far beyond what matroska puts there
 _BESIDE: PktSideDataT = "matroska_block_additional"  # transparency, of VP9
 _REORDERED = 16  # packets; no encoder moves one further from its place
 _WITHOUT_TIME = 250  # packets, which are held meanwhile
-_TS_SYNC = 0x47  # how each packet of a transport stream begins
-_TS_PACKETS = (188, 192, 204)  # bytes: as broadcast, with the time of arrival before each, with a checksum after each
-_TS_CERTAIN = 5  # beginnings in a row that are no chance
 _ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}  # FFmpeg's own drop the transparency without a word
 
 
@@ -47,6 +41,7 @@ class Source(ABC):
     sample_aspect_ratio: Fraction | None
     codec: str
     audio_codec: str | None
+    views_are_tagged = False  # as matroska's `stereo_mode`, which is copied
     damaged: int  # packets or files that did not decode
     notices: list[str]
 
@@ -72,42 +67,6 @@ def open_source(path: Path, frame_rate: Fraction | None = None) -> Source:
     return ImageSource(path, frame_rate or IMAGES_RATE) if is_sequence(path) else ClipSource(path)
 
 
-def open_input(path: Path) -> InputContainer:
-    """The opened container of any file FFmpeg reads; `-` is standard input. Raises `InputError`."""
-    if path.is_dir():
-        raise InputError(f"a folder, not a video: `{path}`")
-    try:
-        if path == PIPE:
-            return _open_pipe()
-        # An absolute path cannot be taken for a protocol ("clip: 1.mp4"), and no name for a pattern ("50%d.jpg").
-        # Metadata bytes survive whatever they are.
-        options = {"pattern_type": "none"}
-        container = av.open(str(path.absolute()), "r", options=options, metadata_errors="surrogateescape")
-    except av.error.FileNotFoundError as error:
-        raise InputError(f"no such file: `{path}`") from error
-    except av.error.PermissionError as error:
-        raise InputError(f"no permission to read `{path}`") from error
-    except av.error.FFmpegError as error:
-        raise _unreadable(path) from error
-    if container.format.name == "tty":  # FFmpeg would draw a .txt file as ANSI art
-        container.close()
-        raise InputError(f"a text file, not a video: `{path}`")
-    return container
-
-
-def main_video(container: InputContainer, path: Path) -> VideoStream:
-    """The stream to upscale, cover art aside. Raises `InputError` if there is none."""
-    stream = container.streams.best("video")
-    if not isinstance(stream, VideoStream) or stream.disposition & Disposition.attached_pic:
-        raise InputError(f"no video stream in `{path}`")
-    return stream
-
-
-def codec_name(stream: Stream) -> str:
-    """The codec's name, whichever decoder reads it (`av1`, not `libdav1d`)."""
-    return stream.codec_context.codec.canonical_name if stream.codec_context else "unknown codec"
-
-
 class ClipSource(Source):
     """The main video of one file, still or pipe."""
 
@@ -121,6 +80,9 @@ class ClipSource(Source):
         self._shown_until = Fraction(0)
         self._read_until: int | None = None  # bytes of the file, where they are packet by packet
         self._is_after_hole = self._is_hollow = self._is_suspect = False
+        self._losses = Losses()
+        self._sound_until: dict[int, Fraction] = {}
+        self._halting: set[int] = set()  # sound with a hole in its times
         self._container = open_input(path)
         try:
             self._stream = main_video(self._container, path)
@@ -130,17 +92,30 @@ class ClipSource(Source):
             raise
         assert self._stream.time_base is not None, "every opened stream has a time base"
         self.time_base, self.start_pts = self._stream.time_base, self._stream.start_time or 0
-        self.frame_rate = _average_rate(self._stream)
+        self._is_raw = not has_times(self._container)
+        self.frame_rate = average_rate(self._container, self._stream)
+        if self._is_raw and self.frame_rate is None:
+            self.frame_rate = IMAGES_RATE
+            self.notices.append(f"the raw stream tells no frame rate: {IMAGES_RATE} frames a second are assumed")
         self.duration = self._duration()
         estimate = round(self.duration * self.frame_rate) if self.duration and self.frame_rate else 0
         # An mp4 also counts the frames that its edit list hides; its duration does not.
         self.num_frames = min(filter(None, (self._stream.frames, estimate)), default=None)
         self.sample_aspect_ratio = self._stream.sample_aspect_ratio or None
         self.codec = codec_name(self._stream)
+        self.views_are_tagged = "stereo_mode" in map(str.lower, self._stream.metadata)
         audio = self._container.streams.best("audio")
         self.audio_codec = codec_name(audio) if audio else None
 
     def pictures(self) -> Iterator[av.VideoFrame]:
+        for number, picture in enumerate(self._decoded()):
+            if self._is_raw and picture.pts is None:
+                picture.pts = round(number / (self._rate() * self.time_base))
+            yield picture
+        if self._container.format.name == "mpegts" and self.path != PIPE and self.path.is_file():
+            self._look_for_losses()
+
+    def _decoded(self) -> Iterator[av.VideoFrame]:
         for packet in self._with_start(self._packets()):
             if packet.stream_index == self._stream.index and packet.size:
                 self._is_suspect |= packet.is_corrupt
@@ -193,6 +168,11 @@ class ClipSource(Source):
         start = packet.pts * packet.time_base
         end = start + (packet.duration or 0) * packet.time_base
         self._demuxed_until = max(self._demuxed_until, end)
+        if packet.stream.type == "audio":
+            length = end - start
+            if length and start - self._sound_until.get(packet.stream_index, start) > length / 2:
+                self._halting.add(packet.stream_index)
+            self._sound_until[packet.stream_index] = end
         if packet.stream_index == self._stream.index:
             self._is_hollow |= self._is_after_hole and start - self._shown_until > 2 / self._rate()
             self._is_after_hole = False
@@ -205,25 +185,26 @@ class ClipSource(Source):
         """Whether all streams end well before the container says they do, as in a truncated mkv, or bytes in the middle
         of it were skipped, or packets of a transport stream are missing, and pictures too (joined files lack packets,
         but no pictures)."""
-        if self._is_hollow or (count < (self.num_frames or 0) and (self._is_suspect or self._is_torn())):
+        hints = self._is_suspect or self._losses.suspect or bool(self._losses.torn)
+        if self._is_hollow or self._stream.id in self._losses.torn or (count < (self.num_frames or 0) and hints):
             return True
         if not self._container.duration or not self._demuxed_until:
             return False
         end = Fraction((self._container.start_time or 0) + self._container.duration, av.time_base)
         return end - self._demuxed_until > max(2 / self._rate(), Fraction(1, 2))
 
-    def _is_torn(self) -> bool:
-        """Whether bytes of a transport stream are not those of its packets: FFmpeg marks most packets around such a
-        hole, but not one whose picture begins right after it."""
-        if self._container.format.name != "mpegts" or self.path == PIPE or not self.path.is_file():
-            return False
-        data = np.memmap(self.path, np.uint8, "r")
-        for size in _TS_PACKETS:
-            for first in range(size):
-                begins = data[first::size]
-                if len(begins) > _TS_CERTAIN and (begins[:_TS_CERTAIN] == _TS_SYNC).all():
-                    return bool(begins.min() < begins.max())
-        return False
+    def _look_for_losses(self) -> None:
+        """Reads a transport stream again for what it lacks, and says so of all but the picture."""
+        beside = [stream for stream in self._container.streams if stream.type in ("audio", "subtitle")]
+        self._losses = losses(self.path, {stream.id for stream in (self._stream, *beside)})
+        hints = self._losses.suspect or bool(self._losses.torn)
+        for stream in beside:
+            if stream.id in self._losses.torn or (hints and stream.index in self._halting):
+                self.notices.append(f"damaged input: parts of {label_of(stream)} are missing")
+            if stream.id in self._losses.unfinished and not self._losses.cut_off:
+                self.notices.append(Remark(f"the source stops in the middle of {label_of(stream)}, as recordings do"))
+        if self._losses.cut_off:
+            self.notices.append("damaged input: the file ends in the middle of a packet")
 
     def close(self) -> None:
         self._container.close()
@@ -262,7 +243,7 @@ class ImageSource(Source):
         self.codec = "unknown codec"
         missing = last - self._first + 1 - len(self._files)
         if missing:
-            self.notices.append(f"{missing} images of `{path}` are missing: the ones before them are shown longer")
+            self.notices.append(f"missing of `{path}`: {counted(missing, 'image')}; those before are shown longer")
 
     def pictures(self) -> Iterator[av.VideoFrame]:
         size: tuple[int, int] | None = None
@@ -297,31 +278,6 @@ class ImageSource(Source):
             return picture
         finally:
             clip.close()
-
-
-def _average_rate(stream: VideoStream) -> Fraction | None:
-    average, base = stream.average_rate, stream.base_rate
-    if average and base and average >= _CLOCK_RATE > base:  # that of a clock, where only H.264's own header tells one
-        return base
-    return average or base or None
-
-
-def _open_pipe() -> InputContainer:
-    if sys.stdin.isatty():
-        raise UsageError("`-` reads a video from a pipe, and there is none", hint="ffmpeg ... -f nut - | duovsr ...")
-    return av.open(sys.stdin.buffer, "r", metadata_errors="surrogateescape")
-
-
-def _unreadable(path: Path) -> InputError:
-    if path != PIPE:
-        if path.stat().st_size == 0:
-            return InputError(f"the file is empty: `{path}`")
-        with path.open("rb") as file:
-            head = file.read(12)
-        if head[4:8] == b"ftyp":
-            hint = "the recording was probably cut off before it was finished; a repair tool may rebuild the index"
-            return InputError(f"no usable index (moov) in `{path}`", hint=hint)
-    return InputError(f"not a video, or damaged beyond reading: `{path}`")
 
 
 def _alpha_decoder(stream: VideoStream) -> VideoCodecContext | None:

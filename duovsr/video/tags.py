@@ -18,17 +18,19 @@ _PACKET_KEYS |= {"_statistics_tags", "_statistics_writing_app", "_statistics_wri
 _TIMECODE = "timecode"  # mp4 and mov have a track for it, and its metadata is checked where that is made
 # Apple's cameras say what other files say too, but under names that mp4's and mov's muxers do not write.
 _APPLE = "com.apple.quicktime."
-_APPLE_NAMES = {"location.iso6709": "location", "creationdate": "date"}
+_LOCATION = "location"
+_APPLE_NAMES = {"location.iso6709": _LOCATION, "creationdate": "date"}
 # Of a stream, beside `default`, which all hold.
-_MARKS = {
-    "comment": Disposition.comment,
-    "forced": Disposition.forced,
-    "hearing_impaired": Disposition.hearing_impaired,
-    "visual_impaired": Disposition.visual_impaired,
-    "dub": Disposition.dub,
-    "original": Disposition.original,
+_MARKS = (
+    "comment forced hearing_impaired visual_impaired dub original captions descriptions clean_effects dependent".split()
+)
+_MARKS_HELD = {
+    "matroska": set(_MARKS) - {"captions", "clean_effects", "dependent"},
+    "webm": {"forced", "captions", "descriptions"},
+    "mp4": set(_MARKS) - {"original", "clean_effects", "dependent"},
+    "mov": set[str](),
 }
-_MARKS_HELD = {"matroska": set(_MARKS), "webm": {"forced"}, "mp4": set(_MARKS) - {"original"}, "mov": set[str]()}
+_IMPLIED = {"captions": "hearing_impaired", "descriptions": "visual_impaired"}  # mp4 has one mark for both of each
 
 
 def file_tags(metadata: Mapping[str, str], format_name: str) -> dict[str, str]:
@@ -57,6 +59,13 @@ def tags_not_held(target: OutputContainer) -> list[str]:
     return _missing(target.metadata, _reread(target, {})[0])
 
 
+def is_location_rounded(target: OutputContainer) -> bool:
+    """Whether its place on earth will be in the target with fewer digits: mp4 counts 1/65536 of a degree."""
+    held = _reread(target, {})[0]
+    places = [text for key, text in target.metadata.items() if _plain(key) == _LOCATION]
+    return _LOCATION in held and any(place not in held.values() for place in places)
+
+
 def stream_tags_not_held(target: OutputContainer, stream: Stream) -> list[str]:
     """The keys of the metadata of the target's `stream` that will not be in it; what counts its packets is no loss."""
     held = stream_tags(_reread(target, stream.metadata)[1], changed=False)
@@ -81,13 +90,20 @@ def _reread(target: OutputContainer, of_stream: Mapping[str, str]) -> tuple[dict
 
 
 def _missing(tags: Mapping[str, str], held: Mapping[str, str]) -> list[str]:
+    """A key without a language may be held under one; with a language, its text must be there."""
     known = {_TIMECODE, *map(_plain, held)}
-    return sorted(key for key in tags if _plain(key) not in known)
+    texts = {(_plain(key), text) for key, text in held.items()}
+    return sorted(
+        key
+        for key, text in tags.items()
+        if (_plain(key) not in known if _plain(key) == key.lower() else (_plain(key), text) not in texts)
+    )
 
 
 def marks_not_held(disposition: Disposition, format_name: str) -> list[str]:
     """The marks of a stream that the format has no place for."""
-    return [name for name, mark in _MARKS.items() if mark & disposition and name not in _MARKS_HELD[format_name]]
+    marks = [name for name in _MARKS if Disposition[name] & disposition]
+    return [name for name in marks if name not in _MARKS_HELD[format_name] and _IMPLIED.get(name) not in marks]
 
 
 def _plain(key: str) -> str:

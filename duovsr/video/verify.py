@@ -10,6 +10,8 @@ from typing import BinaryIO, NamedTuple
 
 import av
 
+from duovsr.video.boxes import find
+
 _MATROSKA_CLOCK = Fraction(1, 1000)
 
 
@@ -59,30 +61,12 @@ def _movie_ends(path: Path, track: int) -> _Ends:
     """Of an mp4 or mov, from the headers of the movie and of its `track`th track. What FFmpeg says of such a file is
     worked out from times of decoding, and may be too short where they vary."""
     with path.open("rb") as file:
-        movie = _find(file, (0, path.stat().st_size), b"moov")
-        clock, whole = _fields(file, _find(file, movie, b"mvhd"), ">4xIIII", ">4xQQIQ")[-2:]
-        header = _find(file, _find(file, movie, b"trak", track), b"tkhd")
+        movie = find(file, (0, path.stat().st_size), b"moov")
+        clock, whole = _fields(file, find(file, movie, b"mvhd"), ">4xIIII", ">4xQQIQ")[-2:]
+        header = find(file, find(file, movie, b"trak", track), b"tkhd")
         picture = _fields(file, header, ">4xIIIII", ">4xQQIIQ")[-1]
     # A late start and what follows it are each rounded up.
     return _Ends(Fraction(whole, clock), Fraction(picture, clock), Fraction(2, clock))
-
-
-def _find(file: BinaryIO, outer: tuple[int, int], name: bytes, number: int = 0) -> tuple[int, int]:
-    """Where the content of the `number`th box of this name begins and ends, among those inside `outer`."""
-    place, end = outer
-    while place < end:
-        file.seek(place)
-        size, found = struct.unpack(">I4s", file.read(8))
-        content = place + 8
-        if size == 1:  # more than 32 bits hold
-            (size,) = struct.unpack(">Q", file.read(8))
-            content += 8
-        if found == name:
-            if number == 0:
-                return content, place + size
-            number -= 1
-        place += max(size, 8)
-    raise AssertionError(f"`{file.name}` has no {name.decode()} box")
 
 
 def _fields(file: BinaryIO, box: tuple[int, int], short: str, long: str) -> tuple[int, ...]:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 _GRACE = Fraction(1, 10)  # seconds that packets overlap at most, around damage, while time goes on
-_INTERLEAVING = 10  # seconds; no file keeps its streams further apart
+INTERLEAVING = 10  # seconds; no file keeps its streams further apart
 _CERTAIN = 1  # seconds after which a time that is ahead is no mistake
 _ABSURD = 2**62  # ticks, which only damaged files have: a move could leave the 64 bits of a timestamp
 
@@ -37,7 +37,9 @@ class Window:
     def place(self, packet: av.Packet[Any], *, clip: bool) -> bool:
         """Moves a packet to its time in the output; False: it is outside.
 
-        A packet belongs where it starts; with `clip`, for what is shown for a while, where any of it is, and it is cut.
+        A packet belongs where it starts: sound may begin, and end, later than the piece by less than one packet (PCM 20
+        ms, FLAC 0.1 s), for it is not coded anew. With `clip`, for what is shown for a while, a packet belongs where
+        any of it is, and is cut.
         """
         tick = packet.time_base
         pts = packet.dts if packet.pts is None else packet.pts
@@ -153,7 +155,7 @@ class PieceEnd:
         recent = self._recent.setdefault(packet.stream_index, deque(maxlen=2))
         before, time = min(recent, default=Fraction(0)), decoding_time(packet)
         recent.append(time)
-        if isinstance(packet.stream, VideoStream) and min(before, time) > self._end + _INTERLEAVING:
+        if isinstance(packet.stream, VideoStream) and min(before, time) > self._end + INTERLEAVING:
             return True
         return before > self._end - _CERTAIN and time < before - _CERTAIN
 

@@ -1,0 +1,98 @@
+"""Opening any file, or pipe, that FFmpeg reads, and finding the video in it."""
+
+from __future__ import annotations
+
+import sys
+from fractions import Fraction
+from pathlib import Path
+
+import av
+from av.container import InputContainer
+from av.stream import Disposition, Stream
+from av.video.stream import VideoStream
+
+from duovsr.errors import InputError, UsageError
+from duovsr.options import PIPE
+
+_CLOCK_RATE = 1000  # frames a second
+_NO_TIMESTAMPS = 0x80  # AVFMT_NOTIMESTAMPS of FFmpeg
+
+
+def open_input(path: Path) -> InputContainer:
+    """The opened container of any file FFmpeg reads; `-` is standard input. Raises `InputError`."""
+    if path.is_dir():
+        raise InputError(f"a folder, not a video: `{path}`")
+    try:
+        if path == PIPE:
+            return _open_pipe()
+        # An absolute path cannot be taken for a protocol ("clip: 1.mp4"), and no name for a pattern ("50%d.jpg").
+        # Metadata bytes survive whatever they are.
+        options = {"pattern_type": "none"}
+        container = av.open(str(path.absolute()), "r", options=options, metadata_errors="surrogateescape")
+    except av.error.FileNotFoundError as error:
+        raise InputError(f"no such file: `{path}`") from error
+    except av.error.PermissionError as error:
+        raise InputError(f"no permission to read `{path}`") from error
+    except av.error.FFmpegError as error:
+        raise _unreadable(path) from error
+    if container.format.name == "tty":  # FFmpeg would draw a .txt file as ANSI art
+        container.close()
+        raise InputError(f"a text file, not a video: `{path}`")
+    return container
+
+
+def main_video(container: InputContainer, path: Path) -> VideoStream:
+    """The stream to upscale, cover art aside. Raises `InputError` if there is none."""
+    stream = container.streams.best("video")
+    if not isinstance(stream, VideoStream) or stream.disposition & Disposition.attached_pic:
+        raise InputError(f"no video stream in `{path}`")
+    return stream
+
+
+def codec_name(stream: Stream) -> str:
+    """The codec's name, whichever decoder reads it (`av1`, not `libdav1d`)."""
+    return stream.codec_context.codec.canonical_name if stream.codec_context else "unknown codec"
+
+
+def label_of(stream: Stream) -> str:
+    """How notices name it."""
+    return f"{stream.type} stream #{stream.index} ({codec_name(stream)})"
+
+
+def counted(number: int, what: str) -> str:
+    """How notices say how many there are of `what`, one word or with others before it."""
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
+def has_times(container: InputContainer) -> bool:
+    """False for a raw stream such as `clip.h264`: what the pictures are coded in, and nothing around it."""
+    return not container.format.flags & _NO_TIMESTAMPS
+
+
+def average_rate(container: InputContainer, stream: VideoStream) -> Fraction | None:
+    """Frames a second; None where nothing tells it. Of a raw stream FFmpeg's own average is a guess."""
+    if not has_times(container):
+        told = stream.codec_context.framerate
+        return told if told and told < _CLOCK_RATE else None
+    average, base = stream.average_rate, stream.base_rate
+    if average and base and average >= _CLOCK_RATE > base:  # that of a clock, where only H.264's own header tells one
+        return base
+    return average or base or None
+
+
+def _open_pipe() -> InputContainer:
+    if sys.stdin.isatty():
+        raise UsageError("`-` reads a video from a pipe, and there is none", hint="ffmpeg ... -f nut - | duovsr ...")
+    return av.open(sys.stdin.buffer, "r", metadata_errors="surrogateescape")
+
+
+def _unreadable(path: Path) -> InputError:
+    if path != PIPE:
+        if path.stat().st_size == 0:
+            return InputError(f"the file is empty: `{path}`")
+        with path.open("rb") as file:
+            head = file.read(12)
+        if head[4:8] == b"ftyp":
+            hint = "the recording was probably cut off before it was finished; a repair tool may rebuild the index"
+            return InputError(f"no usable index (moov) in `{path}`", hint=hint)
+    return InputError(f"not a video, or damaged beyond reading: `{path}`")
