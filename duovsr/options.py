@@ -15,6 +15,8 @@ PIPE = Path("-")  # as a source, standard input; as a target, standard output
 
 ColorTransfer = Literal["wavelet", "adain", "none"]
 COLOR_TRANSFERS: tuple[str, ...] = ("wavelet", "adain", "none")
+Decoder = Literal["software", "nvdec"]
+DECODERS: tuple[str, ...] = ("software", "nvdec")
 DEVICES: tuple[str, ...] = ("auto", "cpu", "cuda", "mps")
 DTYPES: tuple[str, ...] = ("auto", "float32", "bfloat16", "float16", "int8", "fp8")
 VAES: tuple[str, ...] = ("wan", "tiny")
@@ -201,6 +203,7 @@ class UpscaleOptions:
     start: Position | None = None  # the first frame that is wanted
     end: Position | None = None  # the first frame that is not
     frame_rate: Fraction | None = None  # of a source without times of its own: an image sequence
+    decoder: Decoder = "software"  # of H.264 and HEVC files
     audio: bool = True
     subtitles: bool = True
     deinterlace: bool = True
@@ -223,6 +226,8 @@ class UpscaleOptions:
             raise UsageError(f"unsupported overlap: `{self.overlap}`", hint="use a number of frames, 0 or more")
         if self.color not in COLOR_TRANSFERS:
             raise UsageError(f"unsupported color transfer: `{self.color}`", hint="use wavelet, adain or none")
+        if self.decoder not in DECODERS:
+            raise UsageError(f"unknown decoder: `{self.decoder}`", hint="use software or nvdec")
         if self.crf is not None and not 0 <= self.crf <= 63:
             raise UsageError(f"unsupported crf: `{self.crf}`", hint="use a whole number from 0 to 63")
 

@@ -65,6 +65,7 @@ FLAGS: dict[str, tuple[list[str], Any]] = {  # the option that each flag sets
     "start": (["--start", "0:01:30.5"], Position(seconds=Fraction(181, 2))),
     "end": (["--end", "2250f"], Position(frame=2250)),
     "frame_rate": (["--fps", "24000/1001"], Fraction(24000, 1001)),
+    "decoder": (["--decoder", "nvdec"], "nvdec"),
     "audio": (["--no-audio"], False),
     "subtitles": (["--no-subs"], False),
     "deinterlace": (["--no-deinterlace"], False),
@@ -106,6 +107,7 @@ def test_flags_set_their_options_and_no_others(
         (["--scale", "two"], "--scale"),
         (["--size", "12by9"], "size: `12by9`"),
         (["--size", "4000x10"], "4000x10"),
+        (["--decoder", "cuda"], "decoder: `cuda`"),
         (["--tile", "9"], "tile: `9`"),
         (["--tile", "-4"], "tile: `-4`"),
         (["--color", "lab"], "lab"),
@@ -214,13 +216,20 @@ def test_bench_measures_a_clip(run: Run, tmp_path: Path) -> None:
     assert result["fps"] > 0
     assert result["load_seconds"] >= 0
     assert result["peak_rss_gib"] > 0
-    assert set(result["stage_seconds"]) == {"decode", "copies", "model", "color", "encode"}
+    stages = ["reading", "copies", "resize", "encode", "transformer", "decode", "color", "writing"]
+    assert list(result["stage_seconds"]) == stages
+    assert list(result["stage_share"]) == [*stages, "other"]
+    assert sum(result["stage_share"].values()) == pytest.approx(1)
+    assert all(0 <= share < 1 for share in result["stage_share"].values())
+    assert sum(result["stage_seconds"].values()) < result["seconds"]
 
 
 def test_doctor_is_well_with_the_shipped_model(run: Run) -> None:
     assert run("doctor", "--json") == 0
     report = json.loads(run.out)
     assert report["problems"] == []
+    assert set(report["nvidia"]) == {"nvdec", "h264_nvenc", "hevc_nvenc", "av1_nvenc"}
+    assert torch.cuda.is_available() or set(report["nvidia"].values()) == {"no"}
     assert all(len(digest) == 64 for digest in report["models"]["tiny"].values())
 
 

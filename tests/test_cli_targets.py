@@ -133,7 +133,7 @@ def test_a_dry_run_tells_how_the_autoencoder_works_where_nothing_streams(
     whole = Upscaler(small_model.with_window(4))  # looks at all frames of a call
     monkeypatch.setattr(Upscaler, "from_preset", lambda *_, **__: whole)
     assert run("upscale", source, tmp_path / "out.mp4", "--scale", 1, "--dry-run") == 0, run.err
-    assert "autoencoder: 2 latents a call, whole frames" in run.out
+    assert "autoencoder: 2 latents at a time, whole frames" in run.out
     assert "5 frames cross-faded with the chunk before" in run.out
 
 

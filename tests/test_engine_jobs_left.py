@@ -220,3 +220,12 @@ def test_images_of_other_numbers_go_and_folders_stay(clip: Path, tmp_path: Path)
     assert images(pattern) == [*(f"{number:04d}.png" for number in range(1, FRAMES + 1)), "0099.png"]
     assert thesis.read_text() == "mine"
     assert (numbered(pattern, 99) / "thesis").is_dir()
+
+
+@pytest.mark.parametrize("name", ["publishing", "owner", "lock", "job.json", "journal.jsonl", "piece_000000.mkv"])
+def test_a_folder_in_the_place_of_a_file_is_refused_before_the_work(clip: Path, tmp_path: Path, name: str) -> None:
+    (tmp_path / "out.mp4.duovsr" / name).mkdir(parents=True)
+    with pytest.raises(UsageError, match=f"would need a file named `.*{name}`") as caught:
+        bicubic().upscale_file(clip, tmp_path / "out.mp4", OPTIONS, lambda _: pytest.fail("it worked"))
+    assert caught.value.hint == "move the folder away"
+    assert os.listdir(tmp_path / "out.mp4.duovsr") == [name]

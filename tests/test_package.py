@@ -43,7 +43,7 @@ MAY_IMPORT = {  # DESIGN section 6; every part may import itself, and a new part
 }
 UPSCALE_FLAGS = set(
     "--scale --size --model --device --dtype --vae --seed --strength --chunk --overlap --tile --window"
-    " --attention --color --start --end --fps --no-audio --no-subs --no-deinterlace --no-scene-cuts"
+    " --attention --color --decoder --start --end --fps --no-audio --no-subs --no-deinterlace --no-scene-cuts"
     " --codec --crf --pix-fmt --encoder-opt --recursive --pattern --suffix"
     " --restart --overwrite --dry-run --json --help".split()
 )

@@ -80,7 +80,9 @@ def _look(source: Path, target: Target, options: UpscaleOptions) -> VideoInfo:
     from duovsr.video.codecs import encoding_for
     from duovsr.video.reader import VideoReader
 
-    with VideoReader(source, start=options.start, end=options.end, frame_rate=options.frame_rate) as reader:
+    with VideoReader(
+        source, start=options.start, end=options.end, frame_rate=options.frame_rate, decoder=options.decoder
+    ) as reader:
         info = reader.info
     size = options.target_size(info.width, info.height)
     encoding_for(target, info, size, options)

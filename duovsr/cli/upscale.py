@@ -66,6 +66,9 @@ def upscale(
     start: Annotated[str | None, typer.Option(help="Where to begin: 90.5, 0:01:30.5, or a frame: 2250f.")] = None,
     end: Annotated[str | None, typer.Option(help="The first time or frame that is not wanted.")] = None,
     fps: Annotated[str | None, typer.Option(help="Frame rate of images: 24 or 24000/1001. Default: 25.")] = None,
+    decoder: Annotated[
+        str, typer.Option(help="software, or nvdec: an NVIDIA GPU's, of H.264 and HEVC files, to the same pictures.")
+    ] = "software",
     no_audio: Annotated[bool, typer.Option("--no-audio", help="Leave the sound out.")] = False,
     no_subs: Annotated[bool, typer.Option("--no-subs", help="Leave subtitles out.")] = False,
     no_deinterlace: Annotated[bool, typer.Option("--no-deinterlace", help="Take fields as they are woven.")] = False,
@@ -111,6 +114,7 @@ def upscale(
         start=None if start is None else Position.parse(start),
         end=None if end is None else Position.parse(end),
         frame_rate=_parse_frame_rate(fps),
+        decoder=decoder,  # type: ignore[arg-type]  # checked by UpscaleOptions
         audio=not no_audio,
         subtitles=not no_subs,
         deinterlace=not no_deinterlace,

@@ -5,36 +5,35 @@ from __future__ import annotations
 
 import platform
 import resource
-import statistics
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from duovsr.engine.files import StageTimes
-from duovsr.engine.memory import synchronize
 from duovsr.engine.plan import TEMPORAL_FACTOR, Plan
-from duovsr.engine.upscaler import Upscaler, choose_device
+from duovsr.engine.precision import choose_device
+from duovsr.engine.stages import StageTimes
+from duovsr.engine.upscaler import Upscaler
 from duovsr.errors import UsageError
 from duovsr.model.layers import channels_last
 from duovsr.model.one_step import OneStepModel, new_autoencoder
 from duovsr.model.prompt import Prompt
-from duovsr.model.tiny_vae import VAEState
-from duovsr.model.transformer import Transformer, TransformerState
+from duovsr.model.transformer import Transformer
 from duovsr.options import PRESETS, Preset, UpscaleOptions
 
 _SYNTHETIC_SIZE = (320, 180)
 _SYNTHETIC_FRAMES = 33
+_PHASES = ("encode", "transformer", "decode")
 
 
 def run_bench(
@@ -47,21 +46,27 @@ def run_bench(
     repeat: int,
     vae: str | None,
 ) -> dict[str, Any]:
-    """Medians over `repeat` runs after one warm-up. With a clip: from file to file, in a temporary folder."""
+    """The run of median speed among `repeat` after one warm-up. With a clip: from file to file, in a temporary folder.
+
+    `stage_share` adds up to 1 with `other`: all that is no stage, such as putting the file together.
+    """
     began = time.perf_counter()
     upscaler = Upscaler.from_preset(model, device=device, dtype=dtype, vae=vae)
     load = time.perf_counter() - began
     run = partial(_run_file, upscaler, clip, options) if clip else partial(_run_synthetic, upscaler, options)
-    runs = [run() for _ in range(repeat + 1)]
-    fps = [run["fps"] for run in runs[1:]]
+    first, *runs = [run() for _ in range(repeat + 1)]
+    runs.sort(key=attrgetter("fps"))
+    median = runs[len(runs) // 2]
     return {
         "clip": str(clip) if clip else f"synthetic {_SYNTHETIC_SIZE[0]}x{_SYNTHETIC_SIZE[1]}",
-        "target_size": runs[0]["target_size"],
+        "target_size": first.plan.target_size,
         "load_seconds": load,
-        "first_run_fps": runs[0]["fps"],
-        "fps": statistics.median(fps),
-        "fps_spread": [min(fps), max(fps)],
-        "stage_seconds": {name: statistics.median(r["stages"][name] for r in runs[1:]) for name in runs[0]["stages"]},
+        "first_run_fps": first.fps,
+        "fps": median.fps,
+        "fps_spread": [runs[0].fps, runs[-1].fps],
+        "seconds": median.seconds,
+        "stage_seconds": median.stages,
+        "stage_share": median.shares,
         "peak_rss_gib": peak_rss() / 2**30,
         "peak_device_gib": _peak_device_memory(upscaler.model.device),
         "machine": describe_machine(upscaler.model.device),
@@ -70,24 +75,22 @@ def run_bench(
 
 
 @dataclass(frozen=True)
-class WatchedModel(OneStepModel):
-    """A model each of whose phases runs in the context `watch(phase)`."""
+class _Measured:
+    """A run over a clip."""
 
-    watch: Callable[[str], AbstractContextManager[None]]
+    plan: Plan
+    frames: int
+    seconds: float
+    stages: dict[str, float]
 
-    def encode(self, lq: Tensor, state: VAEState | None = None) -> tuple[Tensor, VAEState]:
-        with self.watch("encode"):
-            return super().encode(lq, state)
+    @property
+    def fps(self) -> float:
+        return self.frames / self.seconds
 
-    def generate(
-        self, z_lq: Tensor, seed: int, place: tuple[int, int, int], state: TransformerState | None = None
-    ) -> tuple[Tensor, TransformerState | None]:
-        with self.watch("transformer"):
-            return super().generate(z_lq, seed, place, state)
-
-    def decode(self, latents: Tensor | None, lq: Tensor, state: VAEState | None = None) -> tuple[Tensor, VAEState]:
-        with self.watch("decode"):
-            return super().decode(latents, lq, state)
+    @property
+    def shares(self) -> dict[str, float]:
+        shares = {stage: seconds / self.seconds for stage, seconds in self.stages.items()}
+        return {**shares, "other": 1 - sum(shares.values())}
 
 
 def run_workload(
@@ -103,43 +106,35 @@ def run_workload(
 ) -> dict[str, Any]:
     """One clip of `frames` frames, restored to `size` (width, height) in one call by a model of random weights.
 
-    Medians over `repeat` runs after one warm-up. `tflop` is counted from the code, by phase. Raises UsageError for an
-    unknown preset and for a number of frames that is not 4k + 1.
+    The run of median speed among `repeat` after one warm-up. `tflop` is counted from the code, by phase. Raises
+    UsageError for an unknown preset and for a number of frames that is not 4k + 1.
     """
     if model not in PRESETS:
         raise UsageError(f"unknown preset: `{model}`", hint=f"random weights are made for {', '.join(PRESETS)}")
     if frames < 1 or frames % TEMPORAL_FACTOR != 1:
         raise UsageError(f"unsupported number of frames: `{frames}`", hint="use 4k + 1 frames: 5, 9, ... 21")
     chosen, preset = choose_device(device), PRESETS[model].with_vae(vae)
-    seconds: dict[str, float] = defaultdict(float)
-
-    def watched(kind: torch.dtype) -> WatchedModel:
-        return WatchedModel(**vars(random_model(preset, chosen, kind)), watch=_clock(seconds, chosen))
-
-    upscaler = Upscaler.loaded(watched, dtype, chosen, window)
+    upscaler = Upscaler.loaded(partial(random_model, preset, chosen), dtype, chosen, window)
     options = UpscaleOptions(
         size=size, chunk=max(frames - 1, TEMPORAL_FACTOR), overlap=None if preset.transformer.streams else 0
     )
     width, height = (-(-side // 4) for side in size)
     plan = upscaler.plan(width, height, options)
-    runs: list[dict[str, float]] = []
     notices: list[str] = []
-    for _ in range(repeat + 1):
-        seconds.clear()
-        stages, began = StageTimes(), time.perf_counter()
-        for _ in upscaler.restore(_moving_noise(width, height, frames), plan, options, stages, notices):
-            pass
-        total = time.perf_counter() - began
-        runs.append({**seconds, "color": stages.color, "copies": stages.copies, "total": total})
-    medians = {stage: statistics.median(run[stage] for run in runs[1:]) for stage in runs[0]}
+    runs = [_run(upscaler, plan, options, frames, notices) for _ in range(repeat + 1)][1:]
+    runs.sort(key=attrgetter("seconds"))
+    median = runs[len(runs) // 2]
+    seconds = {stage: median.stages[stage] for stage in (*_PHASES, "color", "copies")}
+    seconds["copies"] += median.stages["resize"]
     tflop = {phase: flops / 1e12 for phase, flops in count_flops(upscaler.model, plan, options, frames).items()}
     return {
         "workload": f"{model}, random weights, {frames} frames of {size[0]}x{size[1]}",
         "plan": plan.to_json(),
-        "seconds": medians,
-        "seconds_spread": [min(run["total"] for run in runs[1:]), max(run["total"] for run in runs[1:])],
+        "seconds": {**seconds, "total": median.seconds},
+        "seconds_spread": [runs[0].seconds, runs[-1].seconds],
+        "share": median.shares,
         "tflop": tflop,
-        "tflop_per_second": {phase: tflop[phase] / medians[phase] for phase in tflop},
+        "tflop_per_second": {phase: tflop[phase] / seconds[phase] for phase in tflop},
         "notices": notices,
         "planned_gib": plan.memory_bytes / 2**30,
         "peak_rss_gib": peak_rss() / 2**30,
@@ -177,22 +172,8 @@ def count_flops(model: OneStepModel, plan: Plan, options: UpscaleOptions, frames
     meta = random_model(model.preset, torch.device("meta"), model.dtype)
     lq = torch.empty(1, 3, frames, plan.target_size[1], plan.target_size[0], device="meta")
     states = (None,) * len(plan.tiles)
-    Upscaler(WatchedModel(**vars(meta), watch=watch)).restore_lq(lq, 0, states, plan, options)
+    Upscaler(meta).restore_lq(lq, 0, states, plan, options, watch)
     return dict(counted)
-
-
-def _clock(seconds: dict[str, float], device: torch.device) -> Callable[[str], AbstractContextManager[None]]:
-    """Adds what each phase takes to `seconds`."""
-
-    @contextmanager
-    def watch(phase: str) -> Iterator[None]:
-        synchronize(device)
-        began = time.perf_counter()
-        yield
-        synchronize(device)
-        seconds[phase] += time.perf_counter() - began
-
-    return watch
 
 
 def peak_rss() -> int:
@@ -204,10 +185,11 @@ def peak_rss() -> int:
 def seconds_per_frame(upscaler: Upscaler, plan: Plan, options: UpscaleOptions) -> float:
     """Measured on one steady chunk of the plan; decoding and encoding run beside it and are not in it."""
     frames = _moving_noise(*plan.source_size, 2 * plan.chunk + (plan.overlap or 0) + 1)
-    states, seconds, stages = None, 0.0, StageTimes()
-    for chunk in upscaler.chunks(frames, plan, replace(options, scene_cuts=False), stages):
+    run = upscaler.begin(plan, replace(options, scene_cuts=False), StageTimes(), [])
+    states, seconds = None, 0.0
+    for chunk in upscaler.chunks(frames, run):
         began = time.perf_counter()
-        _, states = upscaler.restore_chunk(chunk, states, plan, options, stages, [])
+        _, states = upscaler.finish(upscaler.launch(chunk, states, run), states, run)
         seconds = time.perf_counter() - began
     return seconds / plan.chunk
 
@@ -224,20 +206,22 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
     }
 
 
-def _run_synthetic(upscaler: Upscaler, options: UpscaleOptions) -> dict[str, Any]:
-    plan, stages = upscaler.plan(*_SYNTHETIC_SIZE, options), StageTimes()
-    frames = _moving_noise(*_SYNTHETIC_SIZE, _SYNTHETIC_FRAMES)
-    began = time.perf_counter()
-    outputs = sum(1 for _ in upscaler.restore(frames, plan, options, stages, []))
-    fps = outputs / (time.perf_counter() - began)
-    return {"fps": fps, "target_size": plan.target_size, "stages": asdict(stages)}
+def _run_synthetic(upscaler: Upscaler, options: UpscaleOptions) -> _Measured:
+    return _run(upscaler, upscaler.plan(*_SYNTHETIC_SIZE, options), options, _SYNTHETIC_FRAMES, [])
 
 
-def _run_file(upscaler: Upscaler, clip: Path, options: UpscaleOptions) -> dict[str, Any]:
+def _run(upscaler: Upscaler, plan: Plan, options: UpscaleOptions, frames: int, notices: list[str]) -> _Measured:
+    """From frames to frames."""
+    stages, began = StageTimes(), time.perf_counter()
+    for _ in upscaler.restore(_moving_noise(*plan.source_size, frames), plan, options, stages, notices):
+        pass
+    return _Measured(plan, frames, time.perf_counter() - began, asdict(stages))
+
+
+def _run_file(upscaler: Upscaler, clip: Path, options: UpscaleOptions) -> _Measured:
     with tempfile.TemporaryDirectory() as folder:
         report = upscaler.upscale_file(clip, Path(folder) / "out.mkv", options)
-    stages = asdict(report.stages)
-    return {"fps": report.frames / report.seconds, "target_size": report.plan.target_size, "stages": stages}
+    return _Measured(report.plan, report.frames, report.seconds, asdict(report.stages))
 
 
 def _moving_noise(width: int, height: int, count: int) -> Iterator[np.ndarray]:

@@ -42,10 +42,10 @@ class Chunk:
         extra = 1 if self.fresh else 0
         return -(-(len(self.frames) - extra) // TEMPORAL_FACTOR) * TEMPORAL_FACTOR + extra
 
-    def padded_frames(self) -> np.ndarray:
-        """(padded_length, H, W, 3); the last frame is repeated where the scene ends early, and dropped after."""
+    def padded_frames(self) -> list[np.ndarray]:
+        """`padded_length` frames: the last is repeated where the scene ends early, and dropped after."""
         missing = self.padded_length - len(self.frames)
-        return np.stack(self.frames + [self.frames[-1]] * missing)
+        return self.frames + [self.frames[-1]] * missing
 
     def calls(self, length: int) -> Iterator[Chunk]:
         """The same work in calls of at most `length` frames (a multiple of 4; one more where it starts fresh), each

@@ -8,13 +8,17 @@ from typing import Any
 
 import av
 import torch
+from av.codec.context import CodecContext
+from av.codec.hwaccel import HWAccel
 
-from duovsr.engine.upscaler import choose_device, choose_dtype
-from duovsr.errors import DuovsrError
+from duovsr.engine.precision import choose_device, choose_dtype
+from duovsr.errors import DuovsrError, UsageError
 from duovsr.model.int8 import favours_int8
 from duovsr.model.quantise import INT8_LAYERS
 from duovsr.model.transformer import describe_attention
 from duovsr.repository import shipped_models
+from duovsr.video.codecs import CODECS
+from duovsr.video.encoder_options import check_encoder
 
 _PACKAGES = ("duovsr", "torch", "numpy", "av", "typer", "rich", "safetensors", "huggingface-hub", "triton", "xformers")
 _OPTIONAL = ("triton", "xformers")
@@ -50,6 +54,7 @@ def examine() -> tuple[dict[str, Any], list[str]]:
         },
         "attention": describe_attention(device),
         "encoders": {name: "yes" if present else "no" for name, present in encoders.items()},
+        "nvidia": {name: "yes" if opens else "no" for name, opens in _nvidia().items()},
         "models": _models(problems),
     }
     return findings, problems
@@ -60,6 +65,24 @@ def _version(package: str) -> str:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return "missing"
+
+
+def _nvidia() -> dict[str, bool]:
+    """What opens on this machine."""
+    found = {}
+    try:
+        CodecContext.create("h264", "r", hwaccel=HWAccel("cuda", allow_software_fallback=False))
+        found["nvdec"] = True
+    except (av.error.FFmpegError, NotImplementedError):  # no such device, or not in this build of FFmpeg
+        found["nvdec"] = False
+    for name, codec in CODECS.items():
+        if codec.hardware and codec.encoder in av.codecs_available:
+            try:
+                check_encoder(codec.encoder, codec.pix_fmts[0], 256, 256, codec.options, (), hardware=True)
+                found[name] = True
+            except UsageError:
+                found[name] = False
+    return found
 
 
 def _models(problems: list[str]) -> dict[str, Any]:

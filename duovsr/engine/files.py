@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from duovsr import __version__
-from duovsr.engine.chunks import Chunk
 from duovsr.engine.jobs import Job, States, fingerprint
-from duovsr.engine.pipeline import BackgroundSink, prefetch
+from duovsr.engine.pipeline import BackgroundSink, one_ahead, prefetch
 from duovsr.engine.plan import Plan
+from duovsr.engine.run import Launched, Run
+from duovsr.engine.stages import StageTimes
 from duovsr.errors import InputError, Interrupted, Remark, UsageError
 from duovsr.model.resize import resize_plane
 from duovsr.options import PIPE, Progress, UpscaleOptions
@@ -41,17 +42,6 @@ _NOT_PIXELS = ("audio", "subtitles", "overwrite", "restart")  # options that cha
 _NO_PIXELS = np.empty((0, 0, 3), np.uint8)
 
 
-@dataclass
-class StageTimes:
-    """Seconds spent by the model's thread; `decode` and `encode` are what it waited for the threads beside it."""
-
-    decode: float = 0.0
-    copies: float = 0.0  # frames to the device, resized there, and back
-    model: float = 0.0
-    color: float = 0.0
-    encode: float = 0.0
-
-
 @dataclass(frozen=True)
 class UpscaleReport:
     """What was done to one file. `reused` of its frames were there from an earlier, interrupted run."""
@@ -67,6 +57,18 @@ class UpscaleReport:
     def warnings(self) -> tuple[str, ...]:
         """The notices of what is not as it was in the source, or not as it was asked for."""
         return tuple(notice for notice in self.notices if not isinstance(notice, Remark))
+
+
+@dataclass(frozen=True)
+class _Step:
+    """A chunk's: `launched` unless its piece is there, from an earlier run. `loaded` are the states that such a piece
+    left, where the chunk takes them over."""
+
+    piece: int
+    is_last: bool  # of its piece
+    shown: list[Frame]  # their times, without their pixels
+    launched: Launched | None
+    loaded: States | None
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,9 @@ class _Work:
     frames: int = 0  # handed on
     reused: int = 0
 
+    def run(self) -> Run:
+        return self.upscaler.begin(self.plan, self.options, self.stages, self.notices)
+
     def count(self, frames: int) -> None:
         self.frames += frames
         if self.on_progress is not None:
@@ -116,6 +121,7 @@ def upscale_file(
         start=options.start,
         end=options.end,
         frame_rate=options.frame_rate,
+        decoder=options.decoder,
     ) as reader:
         info = reader.info
         if target.kind == "image" and _frames_asked_for(info, options) > 1:
@@ -173,38 +179,48 @@ def _make_pieces(work: _Work, reader: VideoReader, job: Job) -> None:
     to those of an uninterrupted run.
     """
     depth = 2 * work.plan.chunk
-    writer = _PieceWriter(work, job)
+    writer, run = _PieceWriter(work, job), work.run()
     states: States | None = None  # unknown
-    number, in_piece, stopped = 0, 0, False
+    step: _Step | None = None
+    stopped = False
     with (
         prefetch(reader, depth) as decoded,
         ExitStack() as on_failure,
         BackgroundSink(writer, depth) as sink,
     ):
         on_failure.callback(writer.abandon)
-        times: deque[Frame] = deque()  # of frames inside the model, without their pixels
-        for chunk in work.upscaler.chunks(_pixels(decoded, times), work.plan, work.options, work.stages):
-            shown = [times.popleft() for _ in range(chunk.shown)]
-            if job.needs(number):
-                if states is None and chunk.continues:
-                    states = job.load_states(number, work.upscaler.model.device)
-                states = _restore(work, chunk, shown, states, sink)
-            else:
-                states = None
-                work.reused += len(shown)
-            work.count(len(shown))
-            in_piece += len(shown)
-            if in_piece >= PIECE_FRAMES:
+        for step in one_ahead(_steps(work, run, decoded, job), run.transfer.ahead):
+            states = _hand_over(work, run, step, states, sink)
+            if step.is_last:
                 if states is not None:
-                    sink.put(_PieceEnd(number, states, list(work.notices)))
-                number, in_piece = number + 1, 0
+                    sink.put(_PieceEnd(step.piece, states, list(work.notices)))
                 if stopped := work.should_stop():
                     break
-        if in_piece and states is not None:
-            sink.put(_PieceEnd(number, states, list(work.notices)))
+        if step is not None and not step.is_last and states is not None:
+            sink.put(_PieceEnd(step.piece, states, list(work.notices)))
     if stopped:
         raise Interrupted(f"interrupted: {work.frames} frames of `{work.info.path}` are done")
     work.notices[:] = map(Remark, job.notices)  # the plan's steps down
+
+
+def _steps(work: _Work, run: Run, decoded: Iterator[Frame], job: Job | None) -> Iterator[_Step]:
+    """Launch the chunks, of pieces that the job needs, or without a job all."""
+    times: deque[Frame] = deque()  # of frames inside the model
+    states: States | None = None  # unknown
+    piece = in_piece = 0
+    for chunk in work.upscaler.chunks(_pixels(decoded, times), run):
+        shown = [times.popleft() for _ in range(chunk.shown)]
+        launched = loaded = None
+        if job is None or job.needs(piece):
+            if job is not None and states is None and chunk.continues:
+                states = loaded = job.load_states(piece, work.upscaler.model.device)
+            launched = work.upscaler.launch(chunk, states, run)
+        states = None if launched is None else launched.states
+        in_piece += len(shown)
+        is_last = in_piece >= PIECE_FRAMES
+        yield _Step(piece, is_last, shown, launched, loaded)
+        if is_last:
+            piece, in_piece = piece + 1, 0
 
 
 class _PieceWriter:
@@ -275,13 +291,10 @@ def _to_pipe(work: _Work, reader: VideoReader, target: Target) -> None:
     encoder = VideoEncoder(
         sys.stdout.buffer, work.info, *work.plan.target_size, work.encoding, target.format_name, numbered=False
     )
-    states: States | None = None
+    run, states = work.run(), None
     with encoder, prefetch(reader, depth) as decoded, BackgroundSink(encoder.write, depth) as sink:
-        times: deque[Frame] = deque()
-        for chunk in work.upscaler.chunks(_pixels(decoded, times), work.plan, work.options, work.stages):
-            shown = [times.popleft() for _ in range(chunk.shown)]
-            states = _restore(work, chunk, shown, states, sink)
-            work.count(len(shown))
+        for step in one_ahead(_steps(work, run, decoded, None), run.transfer.ahead):
+            states = _hand_over(work, run, step, states, sink)
             if work.should_stop():
                 raise Interrupted(f"interrupted: {work.frames} frames of `{work.info.path}` went out")
     if encoder.longest_move > encoder.time_base / 2:
@@ -298,15 +311,20 @@ def _sound_left_out(work: _Work, target: Target) -> list[str]:
     return []
 
 
-def _restore(work: _Work, chunk: Chunk, shown: list[Frame], states: States | None, sink: BackgroundSink[Any]) -> States:
-    """Restore a chunk and hand its frames, at the times of `shown`, to the encoder."""
-    outputs, states = work.upscaler.restore_chunk(chunk, states, work.plan, work.options, work.stages, work.notices)
-    waited = time.perf_counter()
-    for frame, output in zip(shown, outputs, strict=True):
-        alpha = None if frame.alpha is None else resize_plane(frame.alpha, *work.plan.target_size)
-        sink.put(replace(frame, pixels=output, alpha=alpha))
-    work.stages.encode += time.perf_counter() - waited
-    return states
+def _hand_over(work: _Work, run: Run, step: _Step, states: States | None, sink: BackgroundSink[Any]) -> States | None:
+    """Finish a step with the states of the one before, and hand its frames to the encoder. Returns its own states."""
+    after: States | None = None
+    if step.launched is None:
+        work.reused += len(step.shown)
+    else:
+        before = states if step.loaded is None else step.loaded
+        outputs, after = work.upscaler.finish(step.launched, before, run)
+        with run.clock.spent("writing"):
+            for frame, output in zip(step.shown, outputs, strict=True):
+                alpha = None if frame.alpha is None else resize_plane(frame.alpha, *work.plan.target_size)
+                sink.put(replace(frame, pixels=output, alpha=alpha))
+    work.count(len(step.shown))
+    return after
 
 
 def _pixels(frames: Iterator[Frame], times: deque[Frame]) -> Iterator[np.ndarray]:

@@ -14,26 +14,24 @@ _FRAME_DTYPES = (np.uint8, np.uint16, np.float32)
 _FRAME_HINT = "frames are (H, W, 3) arrays or tensors of uint8, uint16 or float32"
 
 
-def to_tensor(frames: np.ndarray, device: torch.device) -> Tensor:
-    """(T, H, W, 3) uint8, uint16 or float32 in [0, 1] -> (1, 3, T, H, W) float32 in [-1, 1]."""
-    top = float(np.iinfo(frames.dtype).max) if np.issubdtype(frames.dtype, np.integer) else 1.0
-    # torch's uint16 has few operations: widen before the transfer.
-    wide = frames.astype(np.float32) if frames.dtype == np.uint16 else frames
-    return torch.from_numpy(wide).to(device).permute(3, 0, 1, 2)[None].float() * (2 / top) - 1
+def to_floats(pixels: Tensor) -> Tensor:
+    """(T, H, W, 3) uint8, float32 in [0, 1], or int16 with the bits of uint16 -> (1, 3, T, H, W) float32 in [-1, 1]."""
+    top = {torch.uint8: 255, torch.int16: 65535, torch.float32: 1}[pixels.dtype]
+    values = pixels.int().bitwise_and_(0xFFFF) if pixels.dtype == torch.int16 else pixels
+    return values.permute(3, 0, 1, 2)[None].float() * (2 / top) - 1
 
 
-def to_arrays(frames: Tensor, dtype: np.dtype) -> list[np.ndarray]:
-    """(1, 3, T, H, W) float32 in [-1, 1] -> T arrays (H, W, 3) of `dtype`."""
+def to_pixels(frames: Tensor, dtype: np.dtype) -> Tensor:
+    """(1, 3, T, H, W) float32 in [-1, 1] -> (T, H, W, 3) of `dtype`; for uint16, int16 with its bits."""
     pixels = frames[0].permute(1, 2, 3, 0).add(1).clamp_(0, 2)
     if not np.issubdtype(dtype, np.integer):
-        return list(pixels.mul_(0.5).contiguous().cpu().numpy())
+        return pixels.mul_(0.5).contiguous()
     scaled = pixels.mul_(np.iinfo(dtype).max / 2).round_()
+    # By way of signed integers: on CPUs torch's conversion to unsigned ones is not vectorised, and to uint16 it is not
+    # there on every device.
     if dtype == np.uint8:
-        # By way of signed integers: on CPUs torch's conversion to unsigned ones is not vectorised.
-        whole = scaled.sub_(128).to(torch.int8).view(torch.uint8).bitwise_xor_(128)
-    else:  # uint16: conversions from float to it are not implemented on every device
-        whole = scaled.to(torch.int32)
-    return list(whole.contiguous().cpu().numpy().astype(dtype, copy=False))
+        return scaled.sub_(128).to(torch.int8).view(torch.uint8).bitwise_xor_(128).contiguous()
+    return scaled.sub_(32768).to(torch.int16).bitwise_xor_(-32768).contiguous()
 
 
 def to_numpy(frame: np.ndarray | Tensor) -> np.ndarray:

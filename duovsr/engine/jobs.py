@@ -31,6 +31,7 @@ from duovsr.video.output import PUBLISHING, disk_errors, fsync, fsync_folder, jo
 TileStates = tuple[RestoreState | None, ...]  # one a tile
 States = TileStates | Tail  # what a chunk leaves to the next; of a model that does not stream, what is to be faded
 
+_WORK = (PUBLISHING, "piece_*.mkv", "state_*.pt", "*.part", "journal.jsonl", "job.json")  # what a job writes
 _STATES_KEPT = 2  # the last is for going on, the one before in case the last piece turns out to be damaged
 
 
@@ -68,6 +69,7 @@ class Job:
         with disk_errors(self.folder):
             self.folder.mkdir(exist_ok=True)
             fsync_folder(self.folder.parent)
+        self._check_no_folders()
         self._take_lock()
         try:
             with disk_errors(self.folder / "job.json"):
@@ -161,6 +163,11 @@ class Job:
         """The target is in place: nothing of the job is of use."""
         self._entries.clear()
 
+    def _check_no_folders(self) -> None:
+        for path in (path for pattern in ("owner", "lock", *_WORK) for path in self.folder.glob(pattern)):
+            if path.is_dir():
+                raise UsageError(f"unfinished work would need a file named `{path}`", hint="move the folder away")
+
     def _take_lock(self) -> None:
         owner = self.folder / "owner"
         try:
@@ -214,7 +221,7 @@ class Job:
 
     def _clear(self) -> None:
         """Delete what a job writes, and nothing else."""
-        for pattern in (PUBLISHING, "piece_*.mkv", "state_*.pt", "*.part", "journal.jsonl", "job.json"):
+        for pattern in _WORK:
             for path in self.folder.glob(pattern):
                 path.unlink()
 

@@ -1,4 +1,5 @@
-"""Threads beside the model: frames are decoded ahead and encoded behind, through bounded queues."""
+"""What goes on beside the model: frames are decoded ahead and encoded behind, in threads with bounded queues; and a GPU
+is given its next work before its last results are fetched."""
 
 from __future__ import annotations
 
@@ -16,6 +17,23 @@ _END = object()
 class _Failure:
     def __init__(self, error: BaseException) -> None:
         self.error = error
+
+
+def one_ahead(items: Iterable[Item], ahead: bool) -> Iterator[Item]:
+    """Each item once the one after it is there, unless not `ahead`: then as soon as it is itself.
+
+    Where there is none after it because of an error, it comes before the error.
+    """
+    held: list[Item] = []
+    try:
+        for item in items:
+            held.append(item)
+            if len(held) > ahead:
+                yield held.pop(0)
+    except Exception:
+        yield from held
+        raise
+    yield from held
 
 
 @contextmanager

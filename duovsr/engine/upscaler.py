@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import chain
@@ -18,19 +17,23 @@ from duovsr.engine import files
 from duovsr.engine.blend import Tail, blend_tiles, cross_fade
 from duovsr.engine.chunks import Chunk, cut_into_chunks
 from duovsr.engine.color import transfer_color
-from duovsr.engine.files import StageTimes, UpscaleReport
-from duovsr.engine.frames import checked, to_arrays, to_numpy, to_tensor
+from duovsr.engine.files import UpscaleReport
+from duovsr.engine.frames import checked, to_floats, to_numpy, to_pixels
 from duovsr.engine.jobs import States, TileStates
-from duovsr.engine.memory import is_out_of_memory, keep_freed_memory, release_memory, synchronize
+from duovsr.engine.memory import is_out_of_memory, keep_freed_memory, release_memory
 from duovsr.engine.phases import restore_clip
+from duovsr.engine.pipeline import one_ahead
 from duovsr.engine.plan import TEMPORAL_FACTOR, TILE_OVERLAP, Plan, plan_clip, shorter_calls, step_down
-from duovsr.engine.precision import precisions_of, with_window
-from duovsr.errors import OutOfMemoryError, UsageError
+from duovsr.engine.precision import choose_device, choose_dtype, held, precisions_of
+from duovsr.engine.run import Launched, Run
+from duovsr.engine.stages import Marks, StageTimes, Watch, WatchedModel, new_clock
+from duovsr.engine.transfer import Arriving, transfer_to
+from duovsr.errors import OutOfMemoryError
 from duovsr.model.int8 import is_faster_in_int8, to_int8
 from duovsr.model.one_step import OneStepModel, RestoreState
 from duovsr.model.quantise import EIGHT_BITS
 from duovsr.model.resize import resize_frames
-from duovsr.options import DTYPES, Progress, UpscaleOptions
+from duovsr.options import Progress, UpscaleOptions
 from duovsr.weights import load_model
 
 FrameArray = TypeVar("FrameArray", np.ndarray, Tensor)
@@ -86,7 +89,7 @@ class Upscaler:
         attention: str = "auto",
     ) -> Upscaler:
         """With the model that `make` makes in a dtype, and anew where a plan wants its weights held otherwise."""
-        load = partial(_held, make, device, window, attention)
+        load = partial(held, make, device, window, attention)
         compute = str(choose_dtype(dtype, device)).removeprefix("torch.")
         model = load(dtype if dtype in EIGHT_BITS else compute)
         if dtype == "auto" and is_faster_in_int8(model):
@@ -135,53 +138,70 @@ class Upscaler:
             self, Path(source), Path(destination), options or UpscaleOptions(), on_progress, should_stop
         )
 
-    def chunks(
-        self, frames: Iterable[np.ndarray], plan: Plan, options: UpscaleOptions, stages: StageTimes
-    ) -> Iterator[Chunk]:
-        """`frames` in the chunks of `plan`; adds to `stages` what waiting for them took."""
-        chunks = cut_into_chunks(frames, plan.chunk, plan.overlap, fade=plan.fade, scene_cuts=options.scene_cuts)
+    def begin(self, plan: Plan, options: UpscaleOptions, stages: StageTimes, notices: list[str]) -> Run:
+        """For the chunks of one clip; adds to `stages` what it spends, and to `notices` every step down."""
+        device = self.model.device
+        return Run(plan, options, notices, new_clock(device, stages), transfer_to(device))
+
+    def chunks(self, frames: Iterable[np.ndarray], run: Run) -> Iterator[Chunk]:
+        """`frames` in the chunks of the plan."""
+        plan = run.plan
+        chunks = cut_into_chunks(frames, plan.chunk, plan.overlap, fade=plan.fade, scene_cuts=run.options.scene_cuts)
         while True:
-            before = time.perf_counter()
-            chunk = next(chunks, None)
-            stages.decode += time.perf_counter() - before
+            with run.clock.spent("reading"):
+                chunk = next(chunks, None)
             if chunk is None:
                 return
             yield chunk
 
-    def restore_chunk(
-        self,
-        chunk: Chunk,
-        states: States | None,
-        plan: Plan,
-        options: UpscaleOptions,
-        stages: StageTimes,
-        notices: list[str],
-    ) -> tuple[list[np.ndarray], States]:
-        """`chunk.shown` arrays (target height, target width, 3) of the chunk's type, and the states for the next chunk.
+    def launch(self, chunk: Chunk, states: States | None, run: Run) -> Launched:
+        """Give the device a chunk, with the states of the one before, launched or loaded; a CPU does it at once.
 
-        Adds to `stages` what it spends, and to `notices` every step down. Raises OutOfMemoryError after the last.
+        Raises OutOfMemoryError after the last step down.
         """
+        plan = run.plan
         if plan.dtype != self.precisions[0]:
-            _note(notices, f"memory is short: the transformer's weights are held as {plan.dtype}")
+            _note(run.notices, f"memory is short: the transformer's weights are held as {plan.dtype}")
         self._hold(plan.dtype)
         before: TileStates = (None,) * len(plan.tiles)
         if isinstance(states, tuple) and not chunk.fresh:
             before = states
-        outputs, after = self._step_down(chunk, before, plan, options, stages, notices)
+        marks = run.clock.start()
+        arriving, after = self._step_down(chunk, before, run, marks)
+        return Launched(chunk, arriving, after, marks)
+
+    def finish(self, launched: Launched, states: States | None, run: Run) -> tuple[list[np.ndarray], States]:
+        """`chunk.shown` arrays (target height, target width, 3) of the chunk's type, and the states for the next chunk.
+
+        Once for every launched chunk, in their order, with the states of the one before, finished or loaded.
+        """
+        chunk, outputs = launched.chunk, list[np.ndarray]()
+        with run.clock.spent("copies"):
+            while launched.arriving:
+                outputs += list(launched.arriving.pop(0)().view(chunk.frames[0].dtype))
+        launched.marks.read()
         if chunk.fade:
             assert isinstance(states, Tail)
             outputs[: chunk.fade] = cross_fade(states, outputs[: chunk.fade])
         end = chunk.warm_up + chunk.shown
-        return outputs[chunk.warm_up : end], _tail(outputs[end:]) if plan.fade else after
+        return outputs[chunk.warm_up : end], _tail(outputs[end:]) if run.plan.fade else launched.states
 
     def restore(
         self, frames: Iterable[np.ndarray], plan: Plan, options: UpscaleOptions, stages: StageTimes, notices: list[str]
     ) -> Iterator[np.ndarray]:
         """(H, W, 3) arrays in, (target height, target width, 3) arrays of the same type out, as `plan` says."""
+        run = self.begin(plan, options, stages, notices)
         states: States | None = None
-        for chunk in self.chunks(frames, plan, options, stages):
-            outputs, states = self.restore_chunk(chunk, states, plan, options, stages, notices)
+        for launched in one_ahead(self._launched(frames, run), run.transfer.ahead):
+            outputs, states = self.finish(launched, states, run)
             yield from outputs
+
+    def _launched(self, frames: Iterable[np.ndarray], run: Run) -> Iterator[Launched]:
+        states: TileStates | None = None
+        for chunk in self.chunks(frames, run):
+            launched = self.launch(chunk, states, run)
+            states = launched.states
+            yield launched
 
     def _hold(self, precision: str) -> None:
         """Load the weights anew where they are held otherwise."""
@@ -190,23 +210,15 @@ class Upscaler:
             del self.model  # its memory, before the next one takes it
             self.model = self._load(precision)
 
-    def _step_down(
-        self,
-        chunk: Chunk,
-        states: TileStates,
-        plan: Plan,
-        options: UpscaleOptions,
-        stages: StageTimes,
-        notices: list[str],
-    ) -> tuple[list[np.ndarray], TileStates]:
+    def _step_down(self, chunk: Chunk, states: TileStates, run: Run, marks: Marks) -> tuple[list[Arriving], TileStates]:
         """Restore a chunk; where memory runs out, it and those after it with less."""
-        streams = self.model.preset.transformer.streams
+        streams, plan = self.model.preset.transformer.streams, run.plan
         fitting = self._fitting.get(plan, plan)
         while True:
             if fitting != plan:
-                _note(notices, f"memory ran out: {_how(fitting, streams)}")
+                _note(run.notices, f"memory ran out: {_how(fitting, streams)}")
             try:
-                return self._in_calls(chunk, states, fitting, options, stages)
+                return self._in_calls(chunk, states, fitting, run, marks)
             except (MemoryError, RuntimeError) as error:
                 if not is_out_of_memory(error):
                     raise
@@ -222,48 +234,55 @@ class Upscaler:
             fitting = self._fitting[plan] = smaller
 
     def _in_calls(
-        self, chunk: Chunk, states: TileStates, plan: Plan, options: UpscaleOptions, stages: StageTimes
-    ) -> tuple[list[np.ndarray], TileStates]:
+        self, chunk: Chunk, states: TileStates, plan: Plan, run: Run, marks: Marks
+    ) -> tuple[list[Arriving], TileStates]:
         if not self.model.preset.transformer.streams:
-            return self._restore_chunk(chunk, (None,) * len(plan.tiles), plan, options, stages)
-        outputs = []
+            return self._restore_chunk(chunk, (None,) * len(plan.tiles), plan, run, marks)
+        arriving = []
         for call in chunk.calls(plan.chunk + (plan.overlap or 0)):
-            done, states = self._restore_chunk(call, states, plan, options, stages)
-            outputs += done
-        return outputs, states
+            parts, states = self._restore_chunk(call, states, plan, run, marks)
+            arriving += parts
+        return arriving, states
 
     @torch.inference_mode()
     def _restore_chunk(
-        self, chunk: Chunk, states: TileStates, plan: Plan, options: UpscaleOptions, stages: StageTimes
-    ) -> tuple[list[np.ndarray], TileStates]:
-        device, (width, height) = self.model.device, plan.target_size
-        times = [time.perf_counter()]
-
-        def measured() -> float:
-            synchronize(device)
-            times.append(time.perf_counter())
-            return times[-1] - times[-2]
-
-        lq = resize_frames(to_tensor(chunk.padded_frames(), device), height, width)
-        stages.copies += measured()
-        hq, next_states = self.restore_lq(lq, chunk.start, states, plan, options)
-        stages.model += measured()
-        outputs = []
+        self, chunk: Chunk, states: TileStates, plan: Plan, run: Run, marks: Marks
+    ) -> tuple[list[Arriving], TileStates]:
+        """As the device sees it: nothing in it waits for results."""
+        width, height = plan.target_size
+        lq = to_floats(run.transfer.upload(chunk.padded_frames()))
+        marks("copies")
+        lq = resize_frames(lq, height, width)
+        marks("resize")
+        hq, next_states = self.restore_lq(lq, chunk.start, states, plan, run.options, marks.ending)
+        marks("decode")
+        arriving, left = [], len(chunk.frames)
         for part, lq_part in zip(hq.split(TEMPORAL_FACTOR, 2), lq.split(TEMPORAL_FACTOR, 2), strict=True):
-            colored = transfer_color(part, lq_part, options.color)  # of a few frames at once, which bounds its memory
-            stages.color += measured()
-            outputs += to_arrays(colored, chunk.frames[0].dtype)
-            stages.copies += measured()
-        return outputs[: len(chunk.frames)], next_states
+            if left <= 0:  # what is left was padding
+                break
+            colored = transfer_color(part, lq_part, run.options.color)  # of a few frames, which bounds its memory
+            marks("color")
+            arriving.append(run.transfer.download(to_pixels(colored, chunk.frames[0].dtype)[:left]))
+            left -= part.shape[2]
+            marks("copies")
+        return arriving, next_states
 
     def restore_lq(
-        self, lq: Tensor, start: int, states: TileStates, plan: Plan, options: UpscaleOptions
+        self,
+        lq: Tensor,
+        start: int,
+        states: TileStates,
+        plan: Plan,
+        options: UpscaleOptions,
+        watch: Watch | None = None,
     ) -> tuple[Tensor, TileStates]:
         """HQ frames, not clamped, of LQ frames (1, 3, T, H, W) at the target size; and the tiles' next states.
 
-        `start`: how many frames after the scene's the first one is.
+        `start`: how many frames after the scene's the first one is. `watch`: see `WatchedModel`.
         """
         model, (height, width) = self.model, lq.shape[3:]
+        if watch is not None and isinstance(model, OneStepModel):
+            model = WatchedModel(**{**vars(model), "watch": watch})
         padding = (0, plan.padded_size[0] - width, 0, plan.padded_size[1] - height, 0, 0)
         padded = F.pad(lq, padding, mode="replicate") if any(padding) else lq
         strength = model.preset.default_strength if options.strength is None else options.strength
@@ -282,51 +301,6 @@ class Upscaler:
 
         hq = blend_tiles(restored(), plan.tiles, *plan.padded_size, TILE_OVERLAP)
         return hq[..., :height, :width], tuple(next_states)
-
-
-def choose_device(name: str) -> torch.device:
-    """`auto` is CUDA, else MPS, else the CPU."""
-    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if name == "auto":
-        return torch.device(next(device for device in ("cuda", "mps", "cpu") if available[device]))
-    if name not in available:
-        raise UsageError(f"unknown device: `{name}`", hint="use auto, cpu, cuda or mps")
-    if not available[name]:
-        raise UsageError(f"device `{name}` is not available", hint="see `duovsr doctor`")
-    return torch.device(name)
-
-
-def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """What is computed with: but for a dtype that is named, bfloat16 where the hardware multiplies it, float16 on other
-    GPUs, float32 on other CPUs."""
-    if name not in DTYPES:
-        raise UsageError(f"unknown dtype: `{name}`", hint=f"use {', '.join(DTYPES[:-1])} or {DTYPES[-1]}")
-    if name == "fp8" and device.type == "mps":
-        raise UsageError("device `mps` has no fp8", hint="use int8")
-    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if name in dtypes:
-        return dtypes[name]
-    if device.type == "cpu":
-        # Private in torch, and the only question that tells native bfloat16 from a slow emulation.
-        return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
-    bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.bfloat16 if bfloat16 else torch.float16
-
-
-def _held(
-    make: Callable[[torch.dtype], OneStepModel],
-    device: torch.device,
-    window: int | None,
-    attention: str,
-    precision: str,
-) -> OneStepModel:
-    """The model that `make` makes in a dtype, with `window` and `attention`, its weights held in `precision`."""
-    dtype = choose_dtype(precision, device)
-    model = make(torch.bfloat16 if precision in EIGHT_BITS else dtype)  # the files' own, and no more
-    model = model if window is None else with_window(model, window)
-    model = model.quantised(precision, dtype) if precision in EIGHT_BITS else model
-    model.transformer.attend_with(attention, device)  # last: windows make the transformer anew
-    return model
 
 
 def _how(plan: Plan, streams: bool) -> str:
