@@ -17,7 +17,6 @@ import json
 import multiprocessing
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -31,6 +30,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from measuring import peak_host_bytes
 
 from duovsr import Upscaler
 from duovsr.options import UpscaleOptions
@@ -113,11 +113,7 @@ def seconds_end_to_end(contender: Contender, clip: Path, limit: int | None) -> t
 def peak_memory(name: str, peer: Path, threads: int, clip: Path) -> float:
     """MiB of this process after it upscaled the whole clip."""
     seconds_end_to_end(load(name, peer, threads), clip, None)
-    status = Path("/proc/self/status")
-    if status.exists():  # ru_maxrss of a child starts at its parent's size on Linux; VmHWM does not
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-        return int(line.split()[1]) / 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+    return peak_host_bytes() / 2**20
 
 
 def summary(milliseconds: list[float]) -> dict[str, float | list[float]]:

@@ -53,6 +53,7 @@ def randn(device: torch.device, dtype: torch.dtype, *shape: int) -> Tensor:
 
 
 def cases() -> list[Case]:
+    middle_channels, _, middle_height, middle_width = VAE_STAGES["1/8"]
     return [
         *(full_attention(name, places, places) for name, places in PLACES.items() if "tiny" not in name),
         full_attention("1080p to text", PLACES["1080p"], (512, 1, 1)),
@@ -60,7 +61,7 @@ def cases() -> list[Case]:
         windowed("1.3b", "1080p", shifted=True),
         *(case for model, name in (("1.3b", "1080p"), ("tiny", "tiny 1080p")) for case in row_cases(model, name)),
         *(norm_silu(stage, carried) for stage in VAE_STAGES for carried in (True, False)),
-        images("1080p", 2, 136 * 240),
+        images("1080p", 2, middle_height * middle_width, middle_channels),
     ]
 
 

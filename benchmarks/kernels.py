@@ -2,8 +2,8 @@
 
 `python benchmarks/kernels.py` checks each against float64 (relative Frobenius error: bfloat16 and float16 1e-2, float32
 1e-3), then times each beside its twin, or attention's other backends, and writes `results/kernels_<gpu>.json`: medians
-and spread by CUDA events, TFLOP/s and GB/s, and the time beside its floor, which is the work at what an H200 was
-measured to do (reference: 790 TFLOP/s in bfloat16, 4.3 TB/s). `--tune` also times other block sizes of attention.
+and spread by CUDA events, TFLOP/s and GB/s, and the time beside its floor, which is the work at what the GPU is
+measured to do. `--tune` also times other block sizes of attention. (`gpu.py` does all this, and the models.)
 
 `python benchmarks/kernels.py --check-compile` needs no GPU: it compiles all of them for sm_80, sm_89 and sm_90, prints
 what they take as a table, and writes `results/kernels_compiled.json`.
@@ -14,9 +14,9 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,66 +24,67 @@ from typing import Any
 import torch
 import triton
 from kernel_cases import Case, cases, fits, relative_error, run_fused, run_twin
+from measuring import RESULTS, Peaks, describe, measure_peaks, milliseconds, write_json
 
-from duovsr.kernels.backends import usable, versions
+from duovsr.kernels.backends import usable
 from duovsr.kernels.dispatch import triton_failure
 
-RESULTS = Path(__file__).parent / "results"
 BOUNDS = {torch.bfloat16: 1e-2, torch.float16: 1e-2, torch.float32: 1e-3}
-FLOPS_PER_MS, BYTES_PER_MS = 790e9, 4.3e9
-BLOCKS = [(128, 128, 8, 2), (128, 64, 8, 3), (128, 64, 4, 3), (64, 128, 4, 2), (64, 64, 4, 3), (128, 32, 8, 3)]
+BLOCKS = [
+    {"BLOCK_M": m, "BLOCK_N": n, "num_warps": warps, "num_stages": stages}
+    for m, n, warps, stages in (
+        *((128, 128, 8, 2), (128, 64, 8, 3), (128, 64, 4, 3)),
+        *((64, 128, 4, 2), (64, 64, 4, 3), (128, 32, 8, 3)),
+    )
+]
 
 
-def milliseconds(compute: Callable[[], object], repeat: int = 15) -> dict[str, float]:
-    """Median and spread after a warm-up, which compiles."""
-    for _ in range(3):
-        compute()
-    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeat)]
-    for start, end in events:
-        start.record()
-        compute()
-        end.record()
-    torch.cuda.synchronize()
-    times = [start.elapsed_time(end) for start, end in events]
-    return {"median": statistics.median(times), "least": min(times), "most": max(times)}
-
-
-def check(all_cases: list[Case], device: torch.device) -> list[dict[str, Any]]:
-    """The error of every fused kernel, and of its twin beside it."""
+def check(
+    all_cases: list[Case],
+    device: torch.device,
+    dtypes: Iterable[torch.dtype] = tuple(BOUNDS),
+    run: Callable[[Case, tuple[Any, ...]], tuple[torch.Tensor, ...]] = run_fused,
+) -> list[dict[str, Any]]:
+    """The error of every fused kernel (`run`), and of its twin beside it."""
     rows = []
-    for case in all_cases:
-        for dtype, bound in BOUNDS.items():
+    for dtype in dtypes:
+        for case in all_cases:
             if fits(case, dtype):
                 torch.manual_seed(0)
                 arguments = case.make(device, dtype)
-                error, twin = (relative_error(case, run(case, arguments), arguments) for run in (run_fused, run_twin))
+                error, twin = (relative_error(case, way(case, arguments), arguments) for way in (run, run_twin))
                 row = {"kernel": case.kernel, "shape": case.shape, "dtype": str(dtype), "error": error, "twin": twin}
-                rows.append({**row, "right": error <= bound})
+                rows.append({**row, "right": error <= BOUNDS[dtype]})
                 print(f"{case.kernel:24} {case.shape:36} {dtype!s:15} {error:.1e} (twin {twin:.1e})", file=sys.stderr)
     return rows
 
 
 def contenders(case: Case, arguments: tuple[Any, ...], device: torch.device) -> dict[str, Callable[[], object]]:
-    if case.kernel != "attention":
-        return {"fused": lambda: run_fused(case, arguments), "twin": lambda: run_twin(case, arguments)}
-    names = usable(device, arguments[0].dtype, arguments[0].shape[-1])
-    return {name: (lambda name=name: case.run(*arguments, backend=name)) for name in names}  # type: ignore[misc]
+    """By name, ours first where it runs: attention's other backends, or the twin."""
+    if case.kernel == "attention":
+        names = usable(device, arguments[0].dtype, arguments[0].shape[-1])
+        return {name: (lambda name=name: case.run(*arguments, backend=name)) for name in names}  # type: ignore[misc]
+    ways = {"fused": run_fused, "twin": run_twin} if triton_runs(device) else {"twin": run_twin}
+    return {name: (lambda run=run: run(case, arguments)) for name, run in ways.items()}  # type: ignore[misc]
 
 
-def measure(case: Case, device: torch.device, tune: bool) -> dict[str, Any]:
-    """In bfloat16, as the presets run."""
+def triton_runs(device: torch.device) -> bool:
+    return device.type == "cuda" and triton_failure(device.index or 0) is None
+
+
+def measure(case: Case, device: torch.device, peaks: Peaks) -> dict[str, Any]:
+    """Ours, or what stands for it where Triton does not run, beside the floor; in bfloat16, as the presets run."""
     torch.manual_seed(0)
     arguments = case.make(device, torch.bfloat16)
     times: dict[str, Any] = {}
     with torch.inference_mode():
         for name, compute in contenders(case, arguments, device).items():
             try:
-                times[name] = milliseconds(compute)
+                times[name] = milliseconds(compute, device)
             except RuntimeError as error:  # a library without kernels for this GPU; ours were run by `check`
                 times[name] = {"failed": str(error).splitlines()[0]}
-        tuned = tune_blocks(case, arguments) if tune and case.kernel == "attention" else {}
-    ours = times["triton" if case.kernel == "attention" else "fused"]["median"]
-    floor = max(case.flops / FLOPS_PER_MS, 2 * case.numbers / BYTES_PER_MS)
+    ours = next(iter(times.values()))["median"]
+    floor = 1000 * max(case.flops / peaks.flops, 2 * case.numbers / peaks.bytes)
     print(f"{case.kernel:24} {case.shape:36} {ours:8.3f} ms, floor {floor:.3f}", file=sys.stderr)
     return {
         "kernel": case.kernel,
@@ -93,24 +94,35 @@ def measure(case: Case, device: torch.device, tune: bool) -> dict[str, Any]:
         "times_floor": ours / floor,
         "tflop_per_second": case.flops / ours / 1e9,
         "gb_per_second": 2 * case.numbers / ours / 1e6,
-        **({"blocks": tuned} if tuned else {}),
     }
 
 
-def tune_blocks(case: Case, arguments: tuple[Any, ...]) -> dict[str, Any]:
-    """Milliseconds of our attention by BLOCK_M, BLOCK_N, warps and stages: what `config` should hold."""
+@contextmanager
+def with_blocks(blocks: dict[str, int]) -> Iterator[None]:
+    """Our attention is launched with these block sizes."""
     from duovsr.kernels.fused import attention
 
-    chosen, tuned = attention.config, dict[str, Any]()
-    for m, n, warps, stages in BLOCKS:
-        blocks = {"BLOCK_M": m, "BLOCK_N": n, "num_warps": warps, "num_stages": stages}
-        attention.config = lambda *_, blocks=blocks: blocks
+    chosen = attention.config
+    attention.config = lambda *_: blocks
+    try:
+        yield
+    finally:
+        attention.config = chosen
+
+
+def tune_blocks(case: Case, device: torch.device) -> dict[str, Any]:
+    """Milliseconds of our attention by block sizes, in bfloat16: what `config` should hold."""
+    torch.manual_seed(0)
+    arguments, tuned = case.make(device, torch.bfloat16), []
+    for blocks in BLOCKS:
         try:
-            tuned[f"{m}x{n}, {warps} warps, {stages} stages"] = milliseconds(lambda: run_fused(case, arguments), 5)
+            with torch.inference_mode(), with_blocks(blocks):
+                times: dict[str, Any] = milliseconds(lambda: run_fused(case, arguments), device, repeat=5)
         except triton.runtime.errors.OutOfResources as error:
-            tuned[f"{m}x{n}, {warps} warps, {stages} stages"] = {"failed": str(error)}
-    attention.config = chosen
-    return tuned
+            times = {"failed": str(error)}
+        tuned.append({"blocks": blocks, "milliseconds": times})
+        print(f"{case.shape:36} {blocks}: {times}", file=sys.stderr)
+    return {"kernel": case.kernel, "shape": case.shape, "tuned": tuned}
 
 
 def report_compiled(destination: Path) -> None:
@@ -148,10 +160,13 @@ def main() -> int:
     device, name = torch.device("cuda", 0), torch.cuda.get_device_name(0)
     checked = check(cases(), device)
     wrong = [row for row in checked if not row["right"]]
-    timed = [] if wrong else [measure(case, device, options.tune) for case in cases()]
-    record = {"device": name, "versions": versions(), "checked": checked, "timed": timed}
-    path = options.out or RESULTS / f"kernels_{re.sub(r'[^a-z0-9]+', '_', name.lower())}.json"
-    path.write_text(json.dumps(record, indent=1) + "\n")
+    record: dict[str, Any] = {"machine": describe(device), "checked": checked}
+    if not wrong:
+        peaks = measure_peaks(device, torch.bfloat16, small=False)
+        record |= {"peaks": asdict(peaks), "timed": [measure(case, device, peaks) for case in cases()]}
+        if options.tune:
+            record["tuned"] = [tune_blocks(case, device) for case in cases() if case.kernel == "attention"]
+    write_json(options.out or RESULTS / f"kernels_{re.sub(r'[^a-z0-9]+', '_', name.lower())}.json", record)
     for row in wrong:
         print(f"error: {row['kernel']}, {row['shape']}, {row['dtype']}: off by {row['error']:.1e}", file=sys.stderr)
     return 1 if wrong else 0
