@@ -17,7 +17,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -168,7 +167,7 @@ def count_wan(small: bool) -> Row:
         for way, (model, side) in ways.items():
             options = UpscaleOptions(size=size, tile=side)
             plan = plan_for(model, size, options, free=2**50)
-            flops = count_flops(model, replace(plan, offload=False), options, clip)  # nothing is moved on meta
+            flops = count_flops(model, plan, options, clip)
             row = {"name": name, "size": size, "way": way, "frames": clip, "planned_gib": plan.memory_bytes / 2**30}
             row |= {"tflop": {phase: flops[phase] / 1e12 for phase in PHASES}}
             rows.append({**row, f"planned_gib_{CARD}_gb": on_a_card.memory_bytes / 2**30})

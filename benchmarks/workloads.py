@@ -102,7 +102,7 @@ def measure(
         "notices": notices,
     }
     if workload.whole:
-        flops = count_flops(upscaler.model, replace(plan, offload=False), options, workload.frames)  # on meta
+        flops = count_flops(upscaler.model, plan, options, workload.frames)
         least = floors(plan, workload.frames, flops, peaks)
         row |= {
             "tflop": {phase: flops[phase] / 1e12 for phase in PHASES},

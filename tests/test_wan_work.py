@@ -57,8 +57,9 @@ def planned(model: OneStepModel, size: tuple[int, int], free_gib: float, **optio
 def test_the_counted_work_is_that_of_the_reference(
     paper: OneStepModel, size: tuple[int, int], encode: float, transformer: float, decode: float
 ) -> None:
-    options = UpscaleOptions(size=size, chunk=20, overlap=0)
-    counted = bench.count_flops(paper, planned(paper, size, 80, chunk=20, overlap=0), options, 21)
+    options, chosen = UpscaleOptions(size=size, chunk=20, overlap=0), planned(paper, size, 80, chunk=20, overlap=0)
+    counted = bench.count_flops(paper, chosen, options, 21)
+    assert counted == bench.count_flops(paper, replace(chosen, offload=True), options, 21)
     # Doublings take 4/9 of the reference's work: 5 taps fewer, at 21, 21 and 11 frames of 1, 1/4 and 1/16 of the size.
     places = size[0] * size[1] * 21, size[0] * size[1] // 4 * 21, size[0] * size[1] // 16 * 11
     saved = sum(2 * 5 * channels * channels // 2 * n for channels, n in zip((192, 384, 384), places, strict=True))

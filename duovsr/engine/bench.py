@@ -172,6 +172,7 @@ def count_flops(model: OneStepModel, plan: Plan, options: UpscaleOptions, frames
     meta = random_model(model.preset, torch.device("meta"), model.dtype)
     lq = torch.empty(1, 3, frames, plan.target_size[1], plan.target_size[0], device="meta")
     states = (None,) * len(plan.tiles)
+    plan = replace(plan, offload=False)  # a matter of where the weights are, and these are nowhere
     Upscaler(meta).restore_lq(lq, 0, states, plan, options, watch)
     return dict(counted)
 

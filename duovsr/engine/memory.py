@@ -22,7 +22,8 @@ _PART = 0.6  # of the free memory beside the weights may be planned for: other p
 def free_memory(device: torch.device) -> int:
     """Bytes that nobody holds on `device`."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # torch does, for itself
+        return torch.cuda.mem_get_info(device)[0] + kept
     if device.type == "mps":
         return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
     return _free_host_memory()
