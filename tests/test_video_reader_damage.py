@@ -110,6 +110,14 @@ def test_uneven_frames_in_a_transport_stream_are_no_false_alarm(tmp_path: Path) 
     assert reader.notices == []
 
 
+def test_a_late_start_is_no_false_alarm(tmp_path: Path) -> None:
+    """Matroska's duration may count from 0, as FFmpeg writes it."""
+    late = Clip(pts=range(10000, 12000, 40), time_base=Fraction(1, 1000))
+    with VideoReader(write_clip(tmp_path / "in.mkv", late)) as reader:
+        assert len(list(reader)) == 50
+    assert reader.notices == []
+
+
 def test_whole_matroska_is_no_false_alarm(tmp_path: Path) -> None:
     """Slides, with and without sound, with transparency beside the packets, and frames that come in bursts."""
     slides = Clip(pts=range(0, 24000, 3000), time_base=Fraction(1, 1000), audio=["flac"])

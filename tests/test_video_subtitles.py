@@ -265,3 +265,20 @@ def test_damaged_text_is_no_end(tmp_path: Path) -> None:
     copy_clip(source, tmp_path / "out.mp4")
     texts = [text for _, _, text in spoken(tmp_path / "out.mp4")]
     assert (texts[0], texts[-1]) == (SPOKEN[0][2], "Ende")
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".webm"])
+def test_only_letters_that_are_shown_are_converted(tmp_path: Path, suffix: str) -> None:
+    """ASS also has drawings, empty lines, and lines that are never shown."""
+    script = ASS.split("Dialogue")[0] + "".join(
+        rf"Dialogue: 0,0:00:{begin},0:00:{end},Default,,0,0,0,,{text}" + "\n"
+        for begin, end, text in (
+            ("00.10", "01.00", "Text"),
+            ("00.20", "00.50", r"{\an7\p1}m 0 0 l 100 0 100 100{\p0}"),
+            ("00.30", "00.60", r"{\pos(1,2)}"),
+            ("00.40", "00.40", "nie"),
+        )
+    )
+    target = tmp_path / f"out{suffix}"
+    copy_beside(titled(tmp_path, script), target)
+    assert_shown(target, [(Fraction(1, 10), Fraction(1), "Text")])

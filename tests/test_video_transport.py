@@ -11,7 +11,7 @@ import pytest
 from duovsr.errors import Remark
 from duovsr.options import Position
 from duovsr.video.reader import VideoReader
-from duovsr.video.transport import losses
+from duovsr.video.transport import _next_packet, losses
 from tests.clips import Clip, write_clicks, write_clip
 
 TS = Fraction(1, 90000)
@@ -132,6 +132,32 @@ def test_joined_segments_are_no_loss(tmp_path: Path, parts: int) -> None:
     assert said(joined) == []
     joined.write_bytes(3 * write_clip(tmp_path / "clip.ts", CLIP).read_bytes())  # times start anew, too
     assert losses(joined, {VIDEO, AUDIO}).torn == set()
+
+
+def test_another_rate_after_a_join_is_no_loss(tmp_path: Path) -> None:
+    """FFmpeg's average rate is that of the first part, and counts on more pictures than there are."""
+    segments, start = [], 90000
+    for step in (1800, 3600):
+        pts = range(start, start + 50 * step, step)
+        clip = Clip(pts=pts, time_base=TS, pix_fmt="yuv420p", options={"bf": "0"}, muxer={"mpegts_copyts": "1"})
+        segments.append(write_clip(tmp_path / "part.ts", clip).read_bytes())
+        start = pts.stop
+    joined = tmp_path / "joined.ts"
+    joined.write_bytes(b"".join(segments))
+    with VideoReader(joined) as reader:
+        assert len(list(reader)) == 100 < (reader.info.num_frames or 0)
+    assert losses(joined, {VIDEO}).suspect
+    assert reader.notices == []
+
+
+@pytest.mark.parametrize("size", [188, 192, 204])
+def test_the_next_packet_is_the_first_that_others_follow(size: int) -> None:
+    rng = np.random.default_rng(size)
+    for length in rng.integers(0, 30000, 200):
+        data = rng.integers(0x46, 0x50, length).astype(np.uint8)
+        data[length // 2 :: size] = 0x47
+        starts = (at for at in range(length) if (data[at::size][:5] == 0x47).all())
+        assert _next_packet(data, size) == next(starts, length)
 
 
 @pytest.mark.parametrize("cut", [1, 100, 187, 188 * 10 + 50])

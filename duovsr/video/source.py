@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from array import array
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import av
+import numpy as np
 from av.packet import PktSideDataT
 from av.video.codeccontext import VideoCodecContext
 from av.video.stream import VideoStream
@@ -23,6 +25,7 @@ from duovsr.video.transport import Losses, losses
 IMAGES_RATE = Fraction(25)
 _HOLE = 1024  # bytes between two packets, far beyond what matroska puts there
 _BESIDE: PktSideDataT = "matroska_block_additional"  # transparency, of VP9
+_GAP = 1.6  # times the steps around it, beyond the 2 and 3 fields that a film's pictures take in turn
 _REORDERED = 16  # packets; no encoder moves one further from its place
 _WITHOUT_TIME = 250  # packets, which are held meanwhile
 _ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}  # FFmpeg's own drop the transparency without a word
@@ -81,6 +84,7 @@ class ClipSource(Source):
         self._read_until: int | None = None  # bytes of the file, where they are packet by packet
         self._is_after_hole = self._is_hollow = self._is_suspect = False
         self._losses = Losses()
+        self._shown = array("q")  # the pts of a transport stream's pictures
         self._sound_until: dict[int, Fraction] = {}
         self._halting: set[int] = set()  # sound with a hole in its times
         self._container = open_input(path)
@@ -92,7 +96,8 @@ class ClipSource(Source):
             raise
         assert self._stream.time_base is not None, "every opened stream has a time base"
         self.time_base, self.start_pts = self._stream.time_base, self._stream.start_time or 0
-        self._is_raw = not has_times(self._container)
+        self._is_raw, format_name = not has_times(self._container), self._container.format.name
+        self._is_matroska, self._is_transport = format_name == "matroska,webm", format_name == "mpegts"
         self.frame_rate = average_rate(self._container, self._stream)
         if self._is_raw and self.frame_rate is None:
             self.frame_rate = IMAGES_RATE
@@ -111,8 +116,10 @@ class ClipSource(Source):
         for number, picture in enumerate(self._decoded()):
             if self._is_raw and picture.pts is None:
                 picture.pts = round(number / (self._rate() * self.time_base))
+            if self._is_transport and picture.pts is not None:
+                self._shown.append(picture.pts)
             yield picture
-        if self._container.format.name == "mpegts" and self.path != PIPE and self.path.is_file():
+        if self._is_transport and self.path != PIPE and self.path.is_file():
             self._look_for_losses()
 
     def _decoded(self) -> Iterator[av.VideoFrame]:
@@ -159,7 +166,7 @@ class ClipSource(Source):
     def _look_for_holes(self, packet: av.Packet[Any]) -> None:
         """Notes how far the container was read, and bytes of matroska that were skipped, and pictures with them: its
         demuxer says nothing, and goes on with the next cluster."""
-        if self._container.format.name == "matroska,webm" and packet.pos is not None:
+        if self._is_matroska and packet.pos is not None:
             self._is_after_hole |= self._read_until is not None and packet.pos > self._read_until + _HOLE
             beside = packet.get_sidedata(_BESIDE).data_size if packet.has_sidedata(_BESIDE) else 0
             self._read_until = max(self._read_until or 0, packet.pos + packet.size + beside)
@@ -186,11 +193,16 @@ class ClipSource(Source):
         of it were skipped, or packets of a transport stream are missing, and pictures too (joined files lack packets,
         but no pictures)."""
         hints = self._is_suspect or self._losses.suspect or bool(self._losses.torn)
-        if self._is_hollow or self._stream.id in self._losses.torn or (count < (self.num_frames or 0) and hints):
+        # Of a transport stream whose rate changes, FFmpeg's average may count on too many pictures.
+        is_short = hints and count < (self.num_frames or 0)
+        is_short = is_short and (not self._is_transport or _has_gap(np.diff(self._shown)))
+        if self._is_hollow or self._stream.id in self._losses.torn or is_short:
             return True
         if not self._container.duration or not self._demuxed_until:
             return False
-        end = Fraction((self._container.start_time or 0) + self._container.duration, av.time_base)
+        end = Fraction(self._container.duration, av.time_base)
+        if not self._is_matroska:  # there, FFmpeg's muxer counts from 0, and others from the start
+            end += Fraction(self._container.start_time or 0, av.time_base)
         return end - self._demuxed_until > max(2 / self._rate(), Fraction(1, 2))
 
     def _look_for_losses(self) -> None:
@@ -278,6 +290,16 @@ class ImageSource(Source):
             return picture
         finally:
             clip.close()
+
+
+def _has_gap(steps: np.ndarray) -> bool:
+    """Whether one of these times between pictures is far longer than usual both before and after it. Around a hole
+    there may be several, where reordered pictures lack those that they refer to."""
+    for at, step in enumerate(steps):
+        around = steps[max(0, at - _REORDERED) : at], steps[at + 1 : at + 1 + _REORDERED]
+        if step > _GAP * max(np.median(side) if len(side) else 0 for side in around):
+            return True
+    return False
 
 
 def _alpha_decoder(stream: VideoStream) -> VideoCodecContext | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from fractions import Fraction
 from typing import NamedTuple, cast
@@ -11,9 +12,13 @@ from av.container import OutputContainer
 from av.subtitles.stream import SubtitleStream
 from av.subtitles.subtitle import AssSubtitle, SubtitleSet
 
+from duovsr.video.container import codec_name
+
 KINDS: dict[str, str] = {"mp4": "mov_text", "mov": "mov_text", "matroska": "subrip", "webm": "webvtt"}
 _ONE_AT_A_TIME = "mov_text"  # its samples follow one another: of two at a time the muxer would end, or move, one
 _UNTOLD = 4  # seconds that a text is shown for where the source does not say
+_OVERRIDE, _DRAWING = re.compile(rb"{[^}]*}"), re.compile(rb"{[^}]*\\p[1-9]")  # in ASS
+_PAUSE = 1  # seconds
 
 
 class _Text(NamedTuple):
@@ -27,9 +32,9 @@ class _Text(NamedTuple):
 class SubtitleConverter:
     """Decodes text subtitles, whatever their kind, and encodes them as `kind` into a new stream of `target`.
 
-    FFmpeg speaks ASS in between: bold, italics and line breaks survive, fonts, colours and places mostly do not. What
-    is shown at the same time becomes one text of several lines where the kind has one at a time. Raises `ValueError`
-    or an FFmpeg error where there is no way.
+    FFmpeg speaks ASS in between: bold, italics and line breaks survive, fonts, colours and places mostly do not,
+    drawings never. What is shown at the same time becomes one text of several lines where the kind has one at a time.
+    Raises `ValueError` or an FFmpeg error where there is no way.
     """
 
     def __init__(self, source: SubtitleStream, target: OutputContainer, kind: str) -> None:
@@ -37,6 +42,7 @@ class SubtitleConverter:
         self._source, self._kind = source, kind
         self._held: list[_Text] = []
         self._written = 0  # the tick until which everything is
+        self._due = Fraction(0)  # the tick at which to look again at what is held, which may be thousands of texts
         self._time_base = source.time_base or Fraction(1, 1000)
         source.codec_context.open(strict=False)  # it writes the header
         header = source.codec_context.subtitle_header
@@ -55,9 +61,12 @@ class SubtitleConverter:
             return
         try:
             subtitle = self._source.decode2(packet)
-            if subtitle is None or len(subtitle) == 0:
-                return  # mov_text says with an empty one that nothing is shown
+            lines = [cast(AssSubtitle, text).ass for text in subtitle or ()]
+            lines = [line for line in lines if _is_text(line)]
             start, length = packet.pts or 0, packet.duration or 0
+            # mov_text says with an empty one that nothing is shown, and ASS with one that ends as it begins.
+            if subtitle is None or not lines or (not length and codec_name(self._source) == "ass"):
+                return
             if self._kind != _ONE_AT_A_TIME:
                 yield self._encoded(subtitle, start, length)
                 return
@@ -68,12 +77,15 @@ class SubtitleConverter:
         start = max(start, self._written)
         if start >= end:
             self.damaged += 1
-        self._held += [_Text(start, end, cast(AssSubtitle, text).ass) for text in subtitle if start < end]
+        self._held += [_Text(start, end, line) for line in lines if start < end]
 
     def shown_until(self, time: Fraction | None) -> Iterator[av.Packet[SubtitleStream]]:
         """What is shown before `time` seconds, after which everything comes that is still to be converted; None: all
         that is held. Each packet has all texts of a span in which none begins or ends."""
         limit = None if time is None else time / self._time_base
+        if limit is not None and limit < self._due:
+            return
+        self._due = (limit or 0) + _PAUSE / self._time_base
         moments = sorted({max(moment, self._written) for text in self._held for moment in text[:2]})
         for start, end in zip(moments, moments[1:], strict=False):
             if limit is not None and end > limit:
@@ -94,6 +106,12 @@ class SubtitleConverter:
         packet.duration, packet.time_base = duration, self._time_base
         packet.stream = self.stream
         return packet
+
+
+def _is_text(line: bytes) -> bool:
+    """Whether an event of ASS shows letters: some show nothing, and of drawings other kinds would show the strokes."""
+    text = line.split(b",", 8)[-1]
+    return not _DRAWING.search(text) and bool(_OVERRIDE.sub(b"", text).strip())
 
 
 def _joined(lines: list[bytes]) -> bytes:

@@ -14,6 +14,7 @@ _PACKET = 188  # bytes
 _SIZES = (188, 192, 204)  # from one to the next: as broadcast, with 4 bytes of time before each, with a checksum after
 _CERTAIN = 5  # beginnings in a row that are no chance
 _BLOCK = 1 << 22  # bytes that are looked at together
+_NEAR = 1 << 12  # bytes that are searched at first for the next packet
 _PROGRAMS = 0  # the number of the table that begins each part of a stream
 
 
@@ -139,8 +140,17 @@ def _form(head: np.ndarray) -> tuple[int, int]:
 
 
 def _next_packet(data: np.ndarray, size: int) -> int:
-    """Where the next packet begins; the length of `data` if there is none."""
-    for at in np.flatnonzero(data == _SYNC):
-        if (data[at::size][:_CERTAIN] == _SYNC).all():
-            return int(at)
-    return len(data)
+    """Where the next packet begins; the length of `data` if there is none. What is looked at grows step by step: of a
+    bad reception the next packet is near, and there are many."""
+    span = _NEAR
+    while True:
+        begins = data[: span + size * (_CERTAIN - 1)] == _SYNC
+        candidates = np.flatnonzero(begins[:span])
+        for later in range(size, size * _CERTAIN, size):
+            places = candidates + later
+            candidates = candidates[begins[np.minimum(places, len(begins) - 1)] | (places >= len(begins))]
+        if len(candidates):
+            return int(candidates[0])
+        if span >= len(data):
+            return len(data)
+        span *= 8
