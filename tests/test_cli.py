@@ -16,6 +16,7 @@ import av
 import pytest
 import torch
 
+from duovsr.cli.show import show
 from duovsr.engine.upscaler import Upscaler
 from duovsr.errors import InputError
 from duovsr.options import Position, Progress, UpscaleOptions
@@ -286,4 +287,14 @@ def test_progress_elsewhere_than_on_a_terminal_is_lines_of_the_latest_speed(
         "a.mp4: 510 of 600 frames, 25.50 fps, 4 s left",
         "a.mp4: 550 of 600 frames, 1.00 fps, 50 s left",
         "b.mp4: 20 frames, 2.00 fps",
+    ]
+
+
+def test_numbers_are_short_in_lists_too(capsys: pytest.CaptureFixture[str]) -> None:
+    show({"fps": 1.23456, "spread": [1.23456, 2.0], "runs": {"notices": [], "size": (320, 180)}}, as_json=False)
+    assert capsys.readouterr().out.splitlines() == [
+        "fps: 1.235",
+        "spread: 1.235, 2",
+        "runs notices: none",
+        "runs size: 320, 180",
     ]

@@ -15,7 +15,7 @@ from duovsr import UpscaleOptions, Upscaler
 from duovsr.engine import upscaler
 from duovsr.engine.bench import _moving_noise
 from duovsr.engine.stages import StageTimes
-from duovsr.engine.transfer import HostTransfer
+from duovsr.engine.transfer import HostTransfer, transfer_to
 from duovsr.model.one_step import OneStepModel
 from tests.bicubic import Bicubic
 from tests.conftest import random_model
@@ -67,6 +67,11 @@ def test_frames_are_those_of_the_plain_path(
         assert a.dtype == b.dtype == dtype
         assert np.array_equal(a, b)
     assert not np.array_equal(kept[0], kept[40])
+
+
+def test_runs_share_their_streams() -> None:
+    """Of each new stream torch would keep the memory."""
+    assert transfer_to(GPU) is transfer_to(GPU)
 
 
 def test_outputs_are_no_page_locked_memory(bicubic: Upscaler) -> None:

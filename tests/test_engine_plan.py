@@ -80,6 +80,14 @@ def test_asked_tile_and_chunk_are_kept() -> None:
     assert len(plan(480, 270, UpscaleOptions(tile=0), free_bytes=0).tiles) == 1
 
 
+@pytest.mark.parametrize("overlap", [4, 48])
+def test_frames_of_an_overlap_take_memory_too(overlap: int) -> None:
+    longer, warmed = (
+        plan(480, 270, UpscaleOptions(chunk=c, overlap=o)) for c, o in ((8 + overlap, None), (8, overlap))
+    )
+    assert warmed.memory_bytes == longer.memory_bytes
+
+
 def precisions(free_bf16: float, free_int8: float) -> list[Precision]:
     return [
         Precision(name, 2, WeightBytes(weight, 250 * 2**20), int(free * 2**30))

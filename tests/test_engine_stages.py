@@ -35,7 +35,11 @@ class Event:
     def record(self) -> None:
         self._at = max(self._gpu.free_at, self._gpu.now)
 
+    def synchronize(self) -> None:
+        self._gpu.now = max(self._gpu.now, self._at)
+
     def elapsed_time(self, end: Event) -> float:
+        assert max(self._at, end._at) <= self._gpu.now, "both events must be completed"
         return end._at - self._at
 
 
@@ -91,6 +95,15 @@ def test_what_left_the_gpu_idle_counts_by_its_part(gpu: Gpu) -> None:
     gpu.now = 200
     second.read()
     assert rounded(times) == {"reading": 37.5, "encode": 20, "decode": 40, "writing": 12.5}
+
+
+def test_marks_that_the_gpu_has_not_reached_are_waited_for(gpu: Gpu) -> None:
+    """The results may be there before the last mark, which was made after they were sent on their way."""
+    clock = GpuClock(times := StageTimes())
+    marks = launch(gpu, clock, 10)
+    gpu.now = 29
+    marks.read()
+    assert rounded(times) == {"encode": 10, "decode": 20}
 
 
 def test_stages_of_a_cpu_are_all_that_is_done(small_upscaler: Upscaler) -> None:

@@ -164,6 +164,26 @@ def test_out_of_memory_steps_down_and_changes_nothing(
             assert difference.max() <= 1 and difference.mean() < 1e-3
 
 
+@pytest.mark.parametrize(
+    "words", ["CUDA error: out of memory\nCompile with", "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when"]
+)
+def test_cuda_and_its_libraries_have_words_of_their_own(
+    small_upscaler: Upscaler, monkeypatch: pytest.MonkeyPatch, words: str
+) -> None:
+    restore, lengths = OneStepModel.restore, list[int]()
+
+    def failing(self: OneStepModel, lq: torch.Tensor, *args: object, **kwargs: object) -> object:
+        lengths.append(lq.shape[2])
+        if lq.shape[2] > 5:
+            raise RuntimeError(words)
+        return restore(self, lq, *args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(OneStepModel, "restore", failing)
+    frames = [np.zeros((24, 32, 3), np.uint8)] * 9
+    assert len(list(Upscaler(small_upscaler.model).stream(frames, UpscaleOptions(scale=2, chunk=8)))) == 9
+    assert lengths == [9, 5, 4]
+
+
 def test_out_of_memory_after_every_step_down_is_an_error(
     small_upscaler: Upscaler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

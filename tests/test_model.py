@@ -61,6 +61,21 @@ def test_streamed_equals_whole(small_model: OneStepModel, cuts: list[int], stren
     assert_close(torch.cat(parts, dim=2), whole, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("strength", [1.0, 0.5, 0.0])
+@torch.inference_mode()
+def test_a_state_holds_nothing_else_alive(small_model: OneStepModel, strength: float) -> None:
+    """It is held on the device, and saved with every piece of a job."""
+    _, state = small_model.restore(torch.zeros(1, 3, 17, 32, 32), None, seed=0, strength=strength)
+    kept = [
+        *state.encoder.memories,
+        *(memory for part in (state.decoder, state.faithful) if part for memory in part.memories),
+    ]
+    if state.transformer is not None:
+        kept += [*state.transformer.keys, *state.transformer.values]
+    assert kept
+    assert all(tensor.untyped_storage().nbytes() == tensor.nbytes for tensor in kept)
+
+
 def test_the_future_does_not_change_the_past(small_model: OneStepModel) -> None:
     lq = torch.rand(1, 3, 13, 32, 32) * 2 - 1
     changed = lq.clone()

@@ -139,6 +139,11 @@ def test_one_frame_is_a_clip(small: WanVAE) -> None:
     assert_close(small.decode(image)[0], small.decode(latents)[0][:, :, :1], rtol=0, atol=1e-5)
 
 
+def test_the_first_halving_keeps_the_frame_rate() -> None:
+    with pytest.raises(AssertionError, match="one at a time"):
+        WanVAE(WanVAEConfig(dim=4, temporal_downsample=(True, True, False)))
+
+
 @pytest.mark.parametrize(("frames", "started"), [(4, False), (6, False), (5, True)])
 def test_a_frame_count_that_fits_no_latent_is_a_mistake(small: WanVAE, frames: int, started: bool) -> None:
     state = small.encode(clip(1, 1, 8, 8))[1] if started else None

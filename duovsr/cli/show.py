@@ -147,10 +147,14 @@ def _flatten(record: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
         if isinstance(value, dict):
             rows += _flatten(value, f"{prefix}{key} ")
         elif isinstance(value, list | tuple):
-            rows.append((prefix + key, ", ".join(map(str, value)) or "none"))
+            rows.append((prefix + key, ", ".join(map(_short, value)) or "none"))
         else:
-            rows.append((prefix + key, f"{value:.4g}" if isinstance(value, float) else str(value)))
+            rows.append((prefix + key, _short(value)))
     return rows
+
+
+def _short(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _score(value: float | None) -> str:

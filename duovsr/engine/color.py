@@ -44,9 +44,8 @@ def _reduced(frames: Tensor) -> Tensor:
 
 
 def _smooth(small: Tensor) -> Tensor:
-    kernel = (
-        2 - torch.arange(-1, 2, dtype=small.dtype, device=small.device).abs()
-    ) / 4  # made there: no copy to wait for
+    # (1, 2, 1) / 4, made on the device: a copy would be waited for.
+    kernel = (2 - torch.arange(-1, 2, dtype=small.dtype, device=small.device).abs()) / 4
     for step in (1, 2):
         small = _binomial(small, kernel, step)
     return small

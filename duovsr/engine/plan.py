@@ -235,10 +235,10 @@ def planned_bytes(plan: Plan, preset: Preset, dtype_bytes: int, weights: WeightB
     """The peak that the plan leads to."""
     frame = plan.padded_size[0] * plan.padded_size[1]
     tile = plan.tiles[0].width * plan.tiles[0].height
-    if preset.transformer.streams:
-        whole = frame * (BYTES_PER_PIXEL + BYTES_PER_PIXEL_AND_FRAME * plan.chunk)
-        return BASE_BYTES + whole + tile * (plan.chunk + 1) * MODEL_BYTES[dtype_bytes]
     frames = plan.chunk + (plan.overlap or 0) + 1
+    if preset.transformer.streams:
+        whole = frame * (BYTES_PER_PIXEL + BYTES_PER_PIXEL_AND_FRAME * (frames - 1))
+        return BASE_BYTES + whole + tile * frames * MODEL_BYTES[dtype_bytes]
     transformer = _tokens(plan) * (2 * preset.transformer.ffn_dim + 5 * preset.transformer.dim) * dtype_bytes
     if isinstance(preset.vae, WanVAEConfig):
         remembered, each = WAN_DECODE

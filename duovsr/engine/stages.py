@@ -116,6 +116,7 @@ class GpuMarks(Marks):
 
     def read(self) -> None:
         """Of what the host had spent, it adds as much as left the GPU idle."""
+        self.latest.synchronize()  # the results that were waited for were on their way before it was made
         stages = self._clock.stages
         for stage, (begin, end) in zip(self._stages, pairwise(self._events), strict=True):
             stages.add(stage, begin.elapsed_time(end) / 1000)

@@ -4,6 +4,7 @@ copies of one chunk run beside the computation of another, and nothing waits for
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
 
 import numpy as np
 import torch
@@ -14,7 +15,9 @@ _ON_DEVICE = {"uint8": torch.uint8, "uint16": torch.int16, "float32": torch.floa
 Arriving = Callable[[], np.ndarray]  # waits until it is there
 
 
+@cache
 def transfer_to(device: torch.device) -> Transfer:
+    """One for all: torch keeps what was freed on a stream for the next on that stream."""
     return CudaTransfer(device) if device.type == "cuda" else HostTransfer(device)
 
 

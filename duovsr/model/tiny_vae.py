@@ -49,7 +49,7 @@ class MemoryBlock(nn.Module):
         merged = _merge(x)
         h = convolve(merged, self.current, plus=convolve(_merge(before), self.previous), relu=True)
         h = convolve(h, self.middle, relu=True)
-        return _split(convolve(h, self.out, plus=merged), B), x[:, -1]
+        return _split(convolve(h, self.out, plus=merged), B), _last(x)
 
 
 class ResBlock(nn.Module):
@@ -141,7 +141,7 @@ class Decoder(nn.Module):
         for frame, (weight, bias) in enumerate(zip(weights, biases, strict=True), start=1):
             step = _merge(torch.lerp(before, z, frame / TEMPORAL_FACTOR))
             frames.append(F.conv2d(step, weight, bias).permute(0, 2, 3, 1))
-        return torch.stack(frames, dim=1).flatten(0, 1).permute(0, 3, 1, 2), z[:, -1]
+        return torch.stack(frames, dim=1).flatten(0, 1).permute(0, 3, 1, 2), _last(z)
 
 
 class TinyVAE(nn.Module):
@@ -199,6 +199,11 @@ def _with_before(x: Tensor, memory: Tensor | None) -> Tensor:
     """Each step's predecessor in x (B, T, C, H, W); the first one's is `memory` or, at a scene's start, itself."""
     first = x[:, 0] if memory is None else memory
     return _cat_time([first[:, None], x[:, :-1]])
+
+
+def _last(x: Tensor) -> Tensor:
+    """The last step of x (B, T, C, H, W), to be remembered: a view would keep all of x alive."""
+    return x[:, -1].clone()
 
 
 def _cat_time(parts: list[Tensor]) -> Tensor:

@@ -68,7 +68,7 @@ class SelfAttention(Attention):
         v = self.v(x).unflatten(-1, (self.heads, -1))
         if self.past is not None:
             k, v = _with_past(k, v, past, self.past)
-            past = k[:, -self.past :], v[:, -self.past :]
+            past = k[:, -self.past :].clone(), v[:, -self.past :].clone()  # views would keep all frames alive
         attended = attention(q, k, v, self.window, shifted=self.shifted, backend=self.backend)
         return self.o(attended.flatten(-2)), past
 

@@ -301,6 +301,7 @@ class WanVAE(nn.Module):
 
     def __init__(self, config: WanVAEConfig) -> None:
         super().__init__()
+        assert not config.temporal_downsample[0], "frames go one at a time as far as half the size"
         self.config = config
         self.encoder = Encoder(config)
         self.conv1 = nn.Conv3d(2 * config.latent_channels, 2 * config.latent_channels, 1)
