@@ -175,6 +175,16 @@ def test_a_window_without_chapters(tmp_path: Path) -> None:
     assert titles(tmp_path / "early.mkv") == [(0, Fraction(1, 2), "One")]
 
 
+@pytest.mark.parametrize(("suffix", "is_said"), [(".mkv", False), (".mp4", True), (".mov", True)])
+def test_overlapping_chapters_are_kept_or_said(tmp_path: Path, suffix: str, is_said: bool) -> None:
+    chapters = [(0, 900, "Whole"), (100, 300, "Part"), (300, 900, "Rest")]
+    source = write_clip(tmp_path / "in.mkv", Clip(pts=range(0, 25 * 512, 512), chapters=chapters))
+    copier = copy_streams(source, tmp_path / f"out{suffix}")
+    kept = [(first, last) for first, last, _ in titles(tmp_path / f"out{suffix}")]
+    assert (kept == [(Fraction(a, 1000), Fraction(b, 1000)) for a, b, _ in chapters]) is not is_said
+    assert [notice.startswith("chapters end where the next begins") for notice in copier.notices] == [True] * is_said
+
+
 @pytest.mark.parametrize("time_base", [Fraction(1, 44100), Fraction(1, 1000), Fraction(1, 90000)])
 def test_a_move_is_exact_to_half_a_tick(time_base: Fraction) -> None:
     """Every packet of a stream moves by the same, however many there are."""

@@ -30,7 +30,16 @@ from duovsr.video.tags import (
     tags_not_held,
 )
 from duovsr.video.timecode import Timecode
-from duovsr.video.window import INTERLEAVING, WHOLE, JoinedTime, PieceEnd, SteadyTime, Window, decoding_time
+from duovsr.video.window import (
+    INTERLEAVING,
+    WHOLE,
+    JoinedTime,
+    PieceEnd,
+    SteadyTime,
+    Window,
+    decoding_time,
+    do_overlap,
+)
 
 __all__ = ["StreamCopier", "Window"]
 
@@ -238,6 +247,9 @@ class StreamCopier:
         chapters = self._window.chapters(self._input.chapters())
         if chapters:
             self._target.set_chapters(chapters)
+        if self._target.format.name in ("mp4", "mov") and do_overlap(chapters):
+            notice = f"chapters end where the next begins: {self._target.format.name} does not hold overlapping ones"
+            self.notices.append(notice)
 
     def _copy_properties(self, stream: Stream, copy: Stream) -> None:
         changed = isinstance(stream, VideoStream) or self._window != WHOLE or copy.name != stream.name

@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import pairwise
 from math import ceil, floor
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 _GRACE = Fraction(1, 10)  # seconds that packets overlap at most, around damage, while time goes on
 INTERLEAVING = 10  # seconds; no file keeps its streams further apart
 _CERTAIN = 1  # seconds after which a time that is ahead is no mistake
+_ROUNDING = Fraction(1, 1000)  # seconds, of the clocks of chapters
 _ABSURD = 2**62  # ticks, which only damaged files have: a move could leave the 64 bits of a timestamp
 
 
@@ -158,6 +160,12 @@ class PieceEnd:
         if isinstance(packet.stream, VideoStream) and min(before, time) > self._end + INTERLEAVING:
             return True
         return before > self._end - _CERTAIN and time < before - _CERTAIN
+
+
+def do_overlap(chapters: list[Chapter]) -> bool:
+    """By more than their clock's rounding."""
+    times = sorted((c["start"] * (c["time_base"] or 0), c["end"] * (c["time_base"] or 0)) for c in chapters)
+    return any(end - start > _ROUNDING for (_, end), (start, _) in pairwise(times))
 
 
 def decoding_time(packet: av.Packet[Any]) -> Fraction:
