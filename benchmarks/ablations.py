@@ -14,13 +14,12 @@ import argparse
 import json
 import time
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
 from held_out import CPU, scores
+from measuring import RESULTS, describe, write_json
 
-from duovsr.engine.bench import describe_machine
 from duovsr.options import PRESETS
 from duovsr.train.data import Pool
 from duovsr.train.distributed import World
@@ -32,7 +31,7 @@ from duovsr.train.runs import load_weights
 from duovsr.train.stages import Job, resolve, run_job
 from duovsr.train.validation import Restore
 
-RESULT = Path(__file__).parent / "results" / "ablations.json"
+RESULT = RESULTS / "ablations.json"
 PRESET = PRESETS["tiny"]
 BASE_STEPS = 50  # of the paper's base row
 WINDOWS = 28
@@ -122,15 +121,14 @@ def main() -> None:
             rows[row.name] = {**scores(restore, pool, rankers, WINDOWS), "cpu_seconds": seconds}
             print(row.name, ", ".join(f"{name} {value:.4g}" for name, value in rows[row.name].items()), flush=True)
     rows["truth"] = scores(None, pool, rankers, WINDOWS)
-    result = {
+    record = {
         "benchmark": "ablations",
-        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "machine": describe_machine(CPU),
+        "machine": describe(CPU),
         "settings": SETTINGS,
         "windows": WINDOWS,
         "rows": rows,
     }
-    RESULT.write_text(json.dumps(result, indent=1) + "\n")
+    write_json(RESULT, record)
 
 
 if __name__ == "__main__":

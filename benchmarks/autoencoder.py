@@ -11,23 +11,22 @@ from __future__ import annotations
 
 import argparse
 import json
-from datetime import UTC, datetime
 from itertools import islice
 from pathlib import Path
 from statistics import fmean
 
 import numpy as np
 import torch
+from measuring import RESULTS, describe, write_json
 from torch import Tensor
 
 from duovsr import Upscaler
-from duovsr.engine.bench import describe_machine
 from duovsr.metrics.fidelity import psnr_y, ssim_y
 from duovsr.model.resize import resize_frames
 from duovsr.model.tiny_vae import TinyVAE
 from duovsr.video.reader import VideoReader
 
-RESULT = Path(__file__).parent / "results" / "autoencoder.json"
+RESULT = RESULTS / "autoencoder.json"
 SETS = ("real", "bi")
 
 
@@ -81,14 +80,8 @@ def main() -> None:
             for way, values in found.items()
         }
         print(name, json.dumps(rows[name], indent=1), flush=True)
-    result = {
-        "benchmark": "autoencoder",
-        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "machine": describe_machine(torch.device("cpu")),
-        "frames": arguments.frames,
-        "rows": rows,
-    }
-    RESULT.write_text(json.dumps(result, indent=1) + "\n")
+    machine = describe(torch.device("cpu"))
+    write_json(RESULT, {"benchmark": "autoencoder", "machine": machine, "frames": arguments.frames, "rows": rows})
 
 
 if __name__ == "__main__":

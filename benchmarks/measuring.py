@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import without_pyav  # noqa: F401  # before the engine
 
 from duovsr.engine.bench import describe_machine, peak_rss
 from duovsr.engine.memory import synchronize

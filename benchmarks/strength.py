@@ -10,26 +10,24 @@ SSIM-Y, VMAF and NIQE. Writes `results/strength.json`.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Iterator
 from contextlib import suppress
-from datetime import UTC, datetime
 from itertools import islice
 from pathlib import Path
 from statistics import fmean
 
 import numpy as np
 import torch
+from measuring import RESULTS, describe, write_json
 
 from duovsr import UpscaleOptions, Upscaler
-from duovsr.engine.bench import describe_machine
 from duovsr.metrics.fidelity import psnr_y, ssim_y
 from duovsr.metrics.meter import FrameMeter, Meter, Unmeasurable, resized
 from duovsr.metrics.niqe import load_parameters, niqe
 from duovsr.metrics.vmaf import VmafMeter, load_model
 from duovsr.video.reader import VideoReader
 
-RESULT = Path(__file__).parent / "results" / "strength.json"
+RESULT = RESULTS / "strength.json"
 STRENGTHS = (0.0, 0.5, 1.0)
 SCALES = (1.5, 2.0, 3.0, 4.0)
 WHOLE = 12  # truths are cropped to a multiple of it: all scales divide it
@@ -95,14 +93,8 @@ def main() -> None:
     for name, ways in rows.items():
         for way, means in ways.items():
             print(name, way, " ".join(f"{key}={value:.3f}" for key, value in means.items()))
-    result = {
-        "benchmark": "strength",
-        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "machine": describe_machine(torch.device("cpu")),
-        "frames": arguments.frames,
-        "rows": rows,
-    }
-    RESULT.write_text(json.dumps(result, indent=1) + "\n")
+    machine = describe(torch.device("cpu"))
+    write_json(RESULT, {"benchmark": "strength", "machine": machine, "frames": arguments.frames, "rows": rows})
 
 
 if __name__ == "__main__":

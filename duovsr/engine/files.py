@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from duovsr import __version__
-from duovsr.engine.jobs import Job, States, fingerprint
+from duovsr.engine.jobs import Job, fingerprint
 from duovsr.engine.pipeline import BackgroundSink, one_ahead, prefetch
 from duovsr.engine.plan import Plan
-from duovsr.engine.run import Launched, Run
+from duovsr.engine.run import Launched, Run, States
 from duovsr.engine.stages import StageTimes
 from duovsr.errors import InputError, Interrupted, Remark, UsageError
 from duovsr.model.resize import resize_plane

@@ -20,6 +20,7 @@ from filelock import FileLock, Timeout
 
 from duovsr.engine.blend import Tail
 from duovsr.engine.plan import Plan
+from duovsr.engine.run import States
 from duovsr.errors import UsageError
 from duovsr.model.one_step import RestoreState
 from duovsr.model.tiny_vae import VAEState
@@ -27,9 +28,6 @@ from duovsr.model.transformer import TransformerState
 from duovsr.video.encoder import VideoEncoder
 from duovsr.video.mux import Piece
 from duovsr.video.output import PUBLISHING, disk_errors, fsync, fsync_folder, job_folder, stamp
-
-TileStates = tuple[RestoreState | None, ...]  # one a tile
-States = TileStates | Tail  # what a chunk leaves to the next; of a model that does not stream, what is to be faded
 
 _WORK = (PUBLISHING, "piece_*.mkv", "state_*.pt", "*.part", "journal.jsonl", "job.json")  # what a job writes
 _STATES_KEPT = 2  # the last is for going on, the one before in case the last piece turns out to be damaged

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from duovsr.engine.blend import Tail
 from duovsr.engine.chunks import Chunk
-from duovsr.engine.jobs import TileStates
 from duovsr.engine.plan import Plan
 from duovsr.engine.stages import Clock, Marks
 from duovsr.engine.transfer import Arriving, Transfer
+from duovsr.model.one_step import RestoreState
 from duovsr.options import UpscaleOptions
+
+TileStates = tuple[RestoreState | None, ...]  # one a tile
+States = TileStates | Tail  # what a chunk leaves to the next; of a model that does not stream, what is to be faded
 
 
 @dataclass(frozen=True)

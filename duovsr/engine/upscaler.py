@@ -6,26 +6,23 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from duovsr.engine import files
 from duovsr.engine.blend import Tail, blend_tiles, cross_fade
 from duovsr.engine.chunks import Chunk, cut_into_chunks
 from duovsr.engine.color import transfer_color
-from duovsr.engine.files import UpscaleReport
 from duovsr.engine.frames import checked, to_floats, to_numpy, to_pixels
-from duovsr.engine.jobs import States, TileStates
 from duovsr.engine.memory import is_out_of_memory, keep_freed_memory, release_memory
 from duovsr.engine.phases import restore_clip
 from duovsr.engine.pipeline import one_ahead
 from duovsr.engine.plan import TEMPORAL_FACTOR, TILE_OVERLAP, Plan, plan_clip, shorter_calls, step_down
 from duovsr.engine.precision import choose_device, choose_dtype, held, precisions_of
-from duovsr.engine.run import Launched, Run
+from duovsr.engine.run import Launched, Run, States, TileStates
 from duovsr.engine.stages import Marks, StageTimes, Watch, WatchedModel, new_clock
 from duovsr.engine.transfer import Arriving, transfer_to
 from duovsr.errors import OutOfMemoryError
@@ -35,6 +32,9 @@ from duovsr.model.quantise import EIGHT_BITS
 from duovsr.model.resize import resize_frames
 from duovsr.options import Progress, UpscaleOptions
 from duovsr.weights import load_model
+
+if TYPE_CHECKING:
+    from duovsr.engine.files import UpscaleReport
 
 FrameArray = TypeVar("FrameArray", np.ndarray, Tensor)
 
@@ -134,6 +134,8 @@ class Upscaler:
         `should_stop` says so, the piece at work is finished, and `Interrupted` raised. Raises UsageError, InputError,
         NoSpaceError or OutOfMemoryError (duovsr.errors).
         """
+        from duovsr.engine import files  # with PyAV, which frames in memory do not need
+
         return files.upscale_file(
             self, Path(source), Path(destination), options or UpscaleOptions(), on_progress, should_stop
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 from fractions import Fraction
+from itertools import pairwise
 from typing import NamedTuple, cast
 
 import av
@@ -87,7 +88,7 @@ class SubtitleConverter:
             return
         self._due = (limit or 0) + _PAUSE / self._time_base
         moments = sorted({max(moment, self._written) for text in self._held for moment in text[:2]})
-        for start, end in zip(moments, moments[1:], strict=False):
+        for start, end in pairwise(moments):
             if limit is not None and end > limit:
                 break
             self._written = end
