@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from duovsr.errors import InputError, UsageError
 from duovsr.metrics.fidelity import ssim_y
@@ -119,6 +120,13 @@ def test_the_ssim_loss_is_that_of_the_metric() -> None:
     # the metric's luma has studio range: its constants weigh slightly more
     assert 1 - ssim_loss(*frames).item() == pytest.approx(ssim_y(output, truth), abs=2e-3)
     assert ssim_loss(frames[1], frames[1]) < 1e-6
+
+
+def test_the_ssim_loss_at_smaller_scales_is_that_of_smaller_frames() -> None:
+    output, truth = torch.rand(2, 1, 3, 2, 48, 64).mul(2).sub(1)
+    halves = [F.avg_pool2d(frames.transpose(1, 2).flatten(0, 1), 2).unsqueeze(2) for frames in (output, truth)]
+    expected = (ssim_loss(output, truth) + ssim_loss(*halves)) / 2
+    torch.testing.assert_close(ssim_loss(output, truth, scales=2), expected)
 
 
 class StraightFlow(nn.Module):

@@ -32,14 +32,25 @@ def temporal_loss(output: Tensor, target: Tensor) -> Tensor:
     return (error[:, :, 1:] - error[:, :, :-1]).abs().mean()
 
 
-def ssim_loss(output: Tensor, target: Tensor) -> Tensor:
-    """1 - SSIM of the luma (Wang et al., IEEE TIP 13(4), 2004: Gaussian window 11x11, sigma 1.5, no border).
+def ssim_loss(output: Tensor, target: Tensor, scales: int = 1) -> Tensor:
+    """1 - SSIM of the luma (Wang et al., IEEE TIP 13(4), 2004: Gaussian window 11x11, sigma 1.5, no border), the mean
+    over the frames at full size, half, and so on.
 
     What a pixel loss calls equal, a softer texture and a sharper one of the wrong place, it tells apart: mixed with
-    L1 it restores better by either measure (Zhao et al., "Loss functions for image restoration", 2017).
+    L1 it restores better by either measure (Zhao et al., "Loss functions for image restoration", 2017). Smaller scales
+    ask for the contrast of coarser texture, which the window at full size hardly sees.
     """
     weights = output.new_tensor([0.299, 0.587, 0.114]).view(3, 1, 1, 1)
     x, y = ((frames * weights).sum(1).flatten(0, 1) + 1 for frames in (output, target))  # black is 0
+    loss = 1 - _mean_ssim(x, y)
+    for _ in range(scales - 1):
+        x, y = F.avg_pool2d(x, 2), F.avg_pool2d(y, 2)
+        loss = loss + 1 - _mean_ssim(x, y)
+    return loss / scales
+
+
+def _mean_ssim(x: Tensor, y: Tensor) -> Tensor:
+    """Of images (N, H, W) in [0, 2]."""
     moments = torch.cat([x, y, x * x, y * y, x * y])
     over_rows, over_columns = (_gaussian_window(moments, axis) for axis in (-2, -1))
     mean_x, mean_y, square_x, square_y, product = (over_rows @ moments @ over_columns.T).chunk(5)
@@ -47,7 +58,7 @@ def ssim_loss(output: Tensor, target: Tensor) -> Tensor:
     luminance = (2 * mean_x * mean_y + c1) / (mean_x.square() + mean_y.square() + c1)
     spread = square_x - mean_x.square() + square_y - mean_y.square()
     structure = (2 * (product - mean_x * mean_y) + c2) / (spread + c2)
-    return 1 - (luminance * structure).mean()
+    return (luminance * structure).mean()
 
 
 def _gaussian_window(images: Tensor, axis: int) -> Tensor:

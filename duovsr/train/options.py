@@ -16,8 +16,8 @@ from duovsr.train.degradation import DegradationConfig
 
 _ABOVE_ZERO = frozenset(
     "steps batch accumulate crop frames clip keep log_every save_every validate_every validation_samples learning_rate"
-    " fake_rate head_rate discriminator_rate shift beta statistics_momentum faithful_every head_width pairs candidates"
-    " samples side".split()
+    " fake_rate head_rate discriminator_rate shift beta statistics_momentum faithful_every noise_every ssim_scales"
+    " head_width pairs candidates samples side".split()
 )
 _BELOW_ONE = frozenset("beta1 beta2 ema prompt_dropout".split())
 
@@ -210,12 +210,14 @@ class RefineConfig(StageConfig):
     crop: int = 128
     discriminator_rate: float = 2e-4
     gradient_weight: float = 0.5
-    ssim_weight: float = 0.15
+    ssim_weight: float = 0.4
+    ssim_scales: int = 1  # full size, half, and so on
     temporal_weight: float = 0.3
     adversarial_weight: float = 0.02
     adversarial_start: int = 1200  # step; pixels first: they are cheaper, and settle the decoder
     discriminator_lead: int = 200  # steps that the discriminator learns alone before
-    noise_weight: float = 0.05  # holds what the noise does to what it did in the distilled student
+    noise_weight: float = 0.2  # holds what the noise does to what it did in the distilled student
+    noise_every: int = 4  # steps
     faithful_weight: float = 0.3
     faithful_every: int = 4  # steps; the latent-free decode needs little and costs a fifth of a step
 

@@ -51,19 +51,20 @@ class Refinement:
             self.discriminator.parameters(), config.discriminator_rate, (0.5, 0.99), weight_decay=0.0, fused=True
         )
 
-    def _restore(self, lq: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
-        """The output (B, 3, T, H, W), and how far the effect of two noises on the update's first sample left the
-        anchor's: times the number of micro-batches where that sample is, as their mean is taken, 0 elsewhere."""
+    def _restore(self, lq: Tensor, draws: Draws, step: int) -> tuple[Tensor, Tensor | None]:
+        """The output (B, 3, T, H, W) and, every `noise_every` steps, how far the effect of two noises on the update's
+        first sample left the anchor's: times the number of micro-batches where that sample is, as their mean is taken,
+        0 elsewhere."""
         micro_batches = self.config.accumulate * self.run.world.size
         # A sharded model runs on all ranks or on none: they probe together, and one counts.
-        probed = int(draws.start < len(draws) * self.run.world.size)
+        probed = int(step % self.config.noise_every == 0 and draws.start < len(draws) * self.run.world.size)
         z_lq = encode(self.vae, lq, self.run)
         eps, other = (draws.normal_like(z_lq, self.preset.shared_noise) for _ in range(2))
         with self.run.autocast():
             x0 = one_step(self.student, torch.cat([eps, other[:probed]]), torch.cat([z_lq, z_lq[:probed]]))
             output, _ = self.vae.decode(x0[: len(draws)], lq)
         if not probed:
-            return output.float(), x0.new_zeros(())
+            return output.float(), x0.new_zeros(()) if step % self.config.noise_every == 0 else None
         with torch.no_grad(), self.run.autocast():
             first, second = one_step(self.anchor, torch.cat([eps[:1], other[:1]]), torch.cat([z_lq[:1], z_lq[:1]]))
         drift = ((x0[0] - x0[-1]) - (first - second)).square().mean()
@@ -72,19 +73,21 @@ class Refinement:
     def loss(self, draws: Draws, step: int) -> tuple[Tensor, Metrics]:
         config = self.config
         hq, lq = self.pool.frames(draws, config.crop, config.frames)
-        output, drift = self._restore(lq, draws)
+        output, drift = self._restore(lq, draws, step)
         pixel = charbonnier(output, hq)
         loss = pixel + config.gradient_weight * gradient_loss(output, hq)
-        loss = loss + config.temporal_weight * temporal_loss(output, hq) + config.noise_weight * drift
-        structure = ssim_loss(output, hq)
+        loss = loss + config.temporal_weight * temporal_loss(output, hq)
+        structure = ssim_loss(output, hq, config.ssim_scales)
         loss = loss + config.ssim_weight * structure
         noted = {
             "loss": loss,  # the terms that every step has
             "pixel": pixel,
             "ssim_loss": structure,
-            "noise_drift": drift,
             "psnr_gain": psnr(output, hq) - psnr(lq, hq),
         }
+        if drift is not None:
+            loss = loss + config.noise_weight * drift
+            noted["noise_drift"] = drift
         if step % config.faithful_every == 0:
             with self.run.autocast():
                 faithful, _ = self.vae.decode(None, lq)
