@@ -37,7 +37,7 @@ BASE_STEPS = 50  # of the paper's base row
 WINDOWS = 28
 COMMON = ("threads=1", "crop=96", "frames=5")
 SETTINGS = {  # of every run of a stage
-    "vae": ("steps=500", *COMMON),
+    "vae": ("steps=1000", *COMMON),
     "latents": ("samples=2500", *COMMON),
     "base": ("steps=800", "batch=16", *COMMON),
     "cfg": ("steps=100", *COMMON),

@@ -80,11 +80,11 @@ class VAEConfig(StageConfig):
     """TinyVAE (ours: the paper leaves a task-specific autoencoder to future work)."""
 
     steps: int = 6000
-    learning_rate: float = 1e-3
+    learning_rate: float = 3e-4  # at 1e-3 the features die before the latents matter (measured)
     crop: int = 96
     weight_decay: float = 1e-4
     free_every: int = 4  # every so many updates decode without a latent; 0: none does
-    latent_noise: float = 0.5  # largest standard deviation of the noise on the unit-variance latent
+    latent_noise: float = 0.2  # largest standard deviation of the noise on the unit-variance latent
     gradient_weight: float = 0.5
     temporal_weight: float = 0.3
     statistics_momentum: float = 0.01

@@ -11,11 +11,11 @@ the latents that the preset's transformer knows.
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from duovsr.model.layers import channels_last
-from duovsr.model.tiny_vae import TinyVAE
+from duovsr.model.tiny_vae import Decoder, Encoder, MemoryBlock, ResBlock, TinyVAE
 from duovsr.options import Preset, TinyVAEConfig
 from duovsr.train.distributed import mean_over_ranks, place
 from duovsr.train.draws import Draws
@@ -38,6 +38,8 @@ def train_vae(run: Run, config: VAEConfig, inputs: Inputs) -> None:
     vae = channels_last(TinyVAE(kind))
     if inputs.has(name) or (teacher is None and inputs.init is not None):
         fill(vae, inputs.weights(name), preset)
+    else:
+        vae.apply(_begin)
     place(vae, run.world)
     optimizer = torch.optim.AdamW(
         vae.parameters(), config.learning_rate, (config.beta1, config.beta2), weight_decay=config.weight_decay
@@ -94,6 +96,30 @@ def _trained(preset: Preset) -> tuple[str, TinyVAEConfig]:
         return "vae", preset.vae
     assert preset.tiny_vae is not None  # `stages.resolve` refuses other presets
     return "tiny_vae", preset.tiny_vae
+
+
+@torch.no_grad()
+def _begin(module: nn.Module) -> None:
+    """Weights to start from, for `TinyVAE.apply`: parts before the whole.
+
+    From torch's own, what the decoder adds to the LQ is noise at first; learning not to add it lets its features die,
+    and the latents never come to matter. So nothing is added at first, features keep their size (He et al., 2015),
+    residual branches start small, and the encoder looks at differences, which are what the LQ lacks.
+    """
+    if isinstance(module, nn.Conv2d):
+        nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    elif isinstance(module, MemoryBlock):
+        module.current.weight.mul_(0.5**0.5)  # two convolutions in one sum
+        module.previous.weight.mul_(0.5**0.5)
+        module.out.weight.mul_(0.1)
+    elif isinstance(module, ResBlock):
+        module.second.weight.mul_(0.1)
+    elif isinstance(module, Encoder):
+        module.conv_in.weight.sub_(module.conv_in.weight.mean((1, 2, 3), keepdim=True))
+    elif isinstance(module, Decoder):
+        nn.init.zeros_(module.conv_out.weight)
 
 
 def reconstruction_loss(output: Tensor, target: Tensor, config: VAEConfig) -> Tensor:
