@@ -219,6 +219,7 @@ class RefineConfig(StageConfig):
     noise_weight: float = 0.2  # holds what the noise does to what it did in the distilled student
     noise_every: int = 4  # steps
     faithful_weight: float = 0.3
+    recycle: float = 0.0  # at the start, features this small beside their layer's mean begin anew; see `recycle`
     faithful_every: int = 4  # steps; the latent-free decode needs little and costs a fifth of a step
 
 

@@ -26,8 +26,11 @@ from duovsr.train.losses import (
     temporal_loss,
 )
 from duovsr.train.options import RefineConfig
+from duovsr.train.recycle import recycle
 from duovsr.train.roles import Inputs, diffusion_model, encode, ode_restore, one_step
 from duovsr.train.validation import Validation
+
+_LOOKED_AT = 24  # windows, to find what is dormant
 
 
 class Refinement:
@@ -37,6 +40,7 @@ class Refinement:
         vae = inputs.autoencoder(run)
         assert isinstance(vae, TinyVAE)  # `stages.resolve` refuses other presets
         self.vae = vae
+        self._recycle()
         self.vae.decoder.requires_grad_(True)
         model = inputs.weights("model")
         self.anchor = place(diffusion_model(self.preset, model, run, trained=False), run.world)
@@ -50,6 +54,14 @@ class Refinement:
         self.discriminator_optimizer = torch.optim.AdamW(
             self.discriminator.parameters(), config.discriminator_rate, (0.5, 0.99), weight_decay=0.0, fused=True
         )
+
+    def _recycle(self) -> None:
+        """Put dormant features of the decoder back to use, the same on all ranks."""
+        config = self.config
+        if config.recycle > 0:
+            draws = Draws.of(range(_LOOKED_AT), seed=config.seed, step=0, part=2, device=self.run.device)
+            _, lq = self.pool.frames(draws, config.crop, config.frames)
+            recycle(self.vae, lq, config.recycle, torch.Generator().manual_seed(config.seed))
 
     def _restore(self, lq: Tensor, draws: Draws, step: int) -> tuple[Tensor, Tensor | None]:
         """The output (B, 3, T, H, W) and, every `noise_every` steps, how far the effect of two noises on the update's
