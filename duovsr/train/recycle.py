@@ -2,6 +2,7 @@
 reinforcement learning", ICML 2023, algorithm 1).
 
 A feature that a ReLU keeps at zero for every picture gets no gradient and stays there: it is computed for nothing.
+Features of the LQ itself begin anew as what the others have no eye for, colour without light (ours).
 """
 
 from __future__ import annotations
@@ -11,8 +12,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from duovsr.model.tiny_vae import MemoryBlock, ResBlock, TinyVAE
+from duovsr.model.tiny_vae import Decoder, MemoryBlock, ResBlock, TinyVAE
+
+_COLOR_GAIN = 0.5
 
 
 @dataclass(frozen=True)
@@ -40,24 +44,36 @@ def recycle(vae: TinyVAE, lq: Tensor, threshold: float, generator: torch.Generat
     zero: what the decoder gives changes by no more than what was dormant. `vae` is frozen as yet.
     """
     everything = list(features_of(vae))
-    sizes = {id(features.taken_by): torch.zeros(1) for features in everything}
+    sizes = _sizes(vae, lq, [*(features.taken_by for features in everything), vae.decoder.lq_down])
+    dormant = 0
+    for features in everything:
+        chosen = _small(sizes[features.taken_by], threshold)
+        _begin_anew(features, chosen, generator)
+        dormant += int(chosen.sum())
+    width = vae.decoder.lq_in.out_channels
+    chosen = _small(sizes[vae.decoder.lq_down].view(-1, width).mean(0), threshold)
+    _see_color(vae.decoder, chosen, generator)
+    return dormant + int(chosen.sum()), sum(features.taken_by.in_channels for features in everything) + width
+
+
+def _sizes(vae: TinyVAE, lq: Tensor, modules: list[nn.Conv2d]) -> dict[nn.Module, Tensor]:
+    """The mean of every feature that these modules take in; they come from ReLUs, and none is below zero."""
+    sizes: dict[nn.Module, Tensor] = {}
 
     def note(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        sizes[id(module)] = sizes[id(module)] + inputs[0].float().mean((0, 2, 3))  # of a ReLU: never below zero
+        sizes[module] = inputs[0].float().mean((0, 2, 3)).cpu()
 
-    hooks = [features.taken_by.register_forward_pre_hook(note) for features in everything]
+    hooks = [module.register_forward_pre_hook(note) for module in modules]
     with torch.enable_grad():  # without it, convolutions may bypass their modules
         latents, _ = vae.encode(lq)
         vae.decode(latents, lq)
     for hook in hooks:
         hook.remove()
-    dormant = 0
-    for features in everything:
-        size = sizes[id(features.taken_by)]
-        chosen = size <= threshold * size.mean()
-        _begin_anew(features, chosen, generator)
-        dormant += int(chosen.sum())
-    return dormant, sum(features.taken_by.in_channels for features in everything)
+    return sizes
+
+
+def _small(sizes: Tensor, threshold: float) -> Tensor:
+    return sizes <= threshold * sizes.mean()
 
 
 @torch.no_grad()
@@ -71,3 +87,17 @@ def _begin_anew(features: Features, chosen: Tensor, generator: torch.Generator) 
         if conv.bias is not None:
             conv.bias[chosen] = 0
     features.taken_by.weight[:, chosen] = 0
+
+
+@torch.no_grad()
+def _see_color(decoder: Decoder, chosen: Tensor, generator: torch.Generator) -> None:
+    """Let features of the LQ begin as its means over 4 x 4 pixels, each weighed by a random colour that has no light in
+    it, so that grey pictures come out as before."""
+    conv, down = decoder.lq_in, decoder.lq_down
+    assert conv.bias is not None
+    colors = torch.randn(int(chosen.sum()), 3, generator=generator)
+    colors = F.normalize(colors - colors.mean(dim=1, keepdim=True), dim=1)
+    conv.weight[chosen] = 0
+    conv.weight[chosen, :, 1, 1] = (_COLOR_GAIN / 4**2 * colors.repeat(1, 4**2)).to(conv.weight)
+    conv.bias[chosen] = 0
+    down.weight[:, chosen.repeat(down.in_channels // len(chosen))] = 0
