@@ -22,7 +22,7 @@ from duovsr.train.distributed import World
 from duovsr.train.draws import Draws
 from duovsr.train.journal import note_settings
 from duovsr.train.loop import Run
-from duovsr.train.losses import gradient_loss, ssim_loss, temporal_loss
+from duovsr.train.losses import gradient_loss, luma_and_color, ssim_loss, temporal_loss
 from duovsr.train.options import RECIPES, DualConfig, ExportConfig, ProgressiveConfig, StageConfig
 from duovsr.train.roles import ode_solution
 from duovsr.train.runs import load_weights
@@ -110,6 +110,20 @@ def test_difference_losses_see_only_differences() -> None:
     assert temporal_loss(target + 0.1, target) < 1e-6
     assert gradient_loss(target.flip(3), target) > 0.1
     assert temporal_loss(target.flip(2), target) > 0.1
+
+
+def test_an_error_of_colour_shows_beside_a_larger_one_of_luma() -> None:
+    truth = torch.zeros(1, 3, 1, 1, 1)
+    output = torch.tensor([0.5, 0.4, 0.3]).view(1, 3, 1, 1, 1).requires_grad_()
+    luma_and_color(output - truth).abs().mean().backward()
+    assert output.grad is not None
+    color = output.grad.flatten() - output.grad.mean()
+    assert (color * torch.tensor([1.0, 0.0, -1.0])).sum() > 0.1, "red goes down faster than blue"
+
+
+def test_grey_errors_weigh_as_much_as_in_rgb() -> None:
+    frames = torch.rand(1, 1, 2, 8, 8).expand(1, 3, 2, 8, 8)
+    torch.testing.assert_close(luma_and_color(frames).abs().mean(), frames.mean(), rtol=1e-3, atol=0)
 
 
 def test_the_ssim_loss_is_that_of_the_metric() -> None:

@@ -21,6 +21,7 @@ from duovsr.train.losses import (
     gradient_loss,
     hinge_discriminator_loss,
     hinge_generator_loss,
+    luma_and_color,
     psnr,
     ssim_loss,
     temporal_loss,
@@ -86,9 +87,9 @@ class Refinement:
         config = self.config
         hq, lq = self.pool.frames(draws, config.crop, config.frames)
         output, drift = self._restore(lq, draws, step)
-        pixel = charbonnier(output, hq)
-        loss = pixel + config.gradient_weight * gradient_loss(output, hq)
-        loss = loss + config.temporal_weight * temporal_loss(output, hq)
+        pair = luma_and_color(output), luma_and_color(hq)
+        pixel = charbonnier(*pair)
+        loss = pixel + config.gradient_weight * gradient_loss(*pair) + config.temporal_weight * temporal_loss(*pair)
         structure = ssim_loss(output, hq, config.ssim_scales)
         loss = loss + config.ssim_weight * structure
         noted = {
@@ -103,7 +104,7 @@ class Refinement:
         if step % config.faithful_every == 0:
             with self.run.autocast():
                 faithful, _ = self.vae.decode(None, lq)
-            loss = loss + config.faithful_weight * charbonnier(faithful.float(), hq)
+            loss = loss + config.faithful_weight * charbonnier(luma_and_color(faithful.float()), pair[1])
         if step >= config.adversarial_start:
             self.discriminator.requires_grad_(False)
             with self.run.autocast():

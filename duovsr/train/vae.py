@@ -20,7 +20,7 @@ from duovsr.options import Preset, TinyVAEConfig
 from duovsr.train.distributed import mean_over_ranks, place
 from duovsr.train.draws import Draws
 from duovsr.train.loop import Metrics, Run, Trained, run_loop
-from duovsr.train.losses import charbonnier, gradient_loss, psnr, temporal_loss
+from duovsr.train.losses import charbonnier, gradient_loss, luma_and_color, psnr, temporal_loss
 from duovsr.train.options import VAEConfig
 from duovsr.train.roles import Inputs, encode, fill
 from duovsr.train.validation import Validation
@@ -123,10 +123,11 @@ def _begin(module: nn.Module) -> None:
 
 
 def reconstruction_loss(output: Tensor, target: Tensor, config: VAEConfig) -> Tensor:
+    pair = luma_and_color(output), luma_and_color(target)
     return (
-        charbonnier(output, target)
-        + config.gradient_weight * gradient_loss(output, target)
-        + config.temporal_weight * temporal_loss(output, target)
+        charbonnier(*pair)
+        + config.gradient_weight * gradient_loss(*pair)
+        + config.temporal_weight * temporal_loss(*pair)
     )
 
 
