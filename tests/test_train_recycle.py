@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from duovsr.model.tiny_vae import MemoryBlock, ResBlock, TinyVAE
+from duovsr.model.tiny_vae import MemoryBlock, ResBlock, TinyVAE, unshuffle
 from duovsr.options import TinyVAEConfig
 from duovsr.train.recycle import features_of, recycle
 
@@ -21,6 +21,8 @@ def with_dormant() -> TinyVAE:
         assert first.bias is not None
         first.bias[:] = 0.01
         first.bias[DORMANT] = -100.0
+    assert vae.decoder.lq_in.bias is not None
+    vae.decoder.lq_in.bias[DORMANT] = -100.0
     return vae
 
 
@@ -42,14 +44,16 @@ def begun_anew(vae: TinyVAE) -> list[Tensor]:
 
 
 def test_dead_features_begin_anew_and_nothing_changes_at_first() -> None:
-    vae, lq = with_dormant(), pictures()
+    vae, lq = with_dormant(), pictures().mean(dim=1, keepdim=True).expand(-1, 3, -1, -1, -1)  # grey
     before = decoded(vae, lq)
     blocks = [type(block) for block in vae.decoder.modules() if isinstance(block, MemoryBlock | ResBlock)]
     layers = 2 * blocks.count(MemoryBlock) + blocks.count(ResBlock)
     dormant, of = recycle(vae, lq, 0.0, generator())
-    assert of == 8 * layers and dormant == sum(int(chosen.sum()) for chosen in begun_anew(vae))
+    begun_in_blocks = sum(int(chosen.sum()) for chosen in begun_anew(vae))
+    assert of == 8 * layers + 8 and begun_in_blocks + len(DORMANT) <= dormant <= begun_in_blocks + 8
     assert all(chosen[DORMANT].all() and not chosen.all() for chosen in begun_anew(vae))
     torch.testing.assert_close(decoded(vae, lq), before)
+    lq = pictures()
     assert recycle(vae, lq, 0.0, generator())[0] < dormant / 4, "what began anew is alive"
 
 
@@ -83,3 +87,13 @@ def test_they_learn_again() -> None:
         assert features.taken_by.weight.grad is not None
         moved.append(features.taken_by.weight.grad[:, DORMANT].flatten(2).norm(dim=2).amax(dim=0) > 0)
     assert torch.cat(moved).float().mean() > 0.7
+
+
+def test_dormant_features_of_the_lq_see_color_and_no_light() -> None:
+    vae = with_dormant()
+    recycle(vae, pictures(), 0.0, generator())
+    red = torch.tensor([1.0, -0.5, -0.5]).view(1, 3, 1, 1).expand(1, 3, 16, 16)
+    seen = [vae.decoder.lq_in(unshuffle(picture, 4))[0, DORMANT, 2, 2] for picture in (red, -red, torch.ones_like(red))]
+    assert (seen[0].abs() > 0.01).all()
+    torch.testing.assert_close(seen[1], -seen[0])
+    torch.testing.assert_close(seen[2], torch.zeros(3))

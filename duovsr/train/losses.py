@@ -15,7 +15,7 @@ def luma_and_color(frames: Tensor) -> Tensor:
     errors then are the luma's plus half of each colour's.
 
     Where a pixel's luma is off by more than its colour, all of its RGB errors have one sign, and an L1 of RGB has no
-    gradient that would change the colour: a model trained by that removes no coloured noise.
+    gradient that would change the colour.
     """
     weights = frames.new_tensor([[0.299, 0.587, 0.114], [-0.169, -0.331, 0.5], [0.5, -0.419, -0.081]])
     return torch.einsum("ij,bjthw->bithw", weights * frames.new_tensor([[3.0], [1.5], [1.5]]), frames)
