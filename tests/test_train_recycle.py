@@ -8,6 +8,7 @@ from torch import Tensor
 from duovsr.model.tiny_vae import MemoryBlock, ResBlock, TinyVAE, unshuffle
 from duovsr.options import TinyVAEConfig
 from duovsr.train.recycle import features_of, recycle
+from duovsr.train.vae import _begin
 
 CONFIG = TinyVAEConfig(encoder_width=8, width_8=8, width_4=8, latent_blocks=1, blocks_8=1, blocks_4=1)
 DORMANT = torch.tensor([1, 4, 6])
@@ -97,3 +98,15 @@ def test_dormant_features_of_the_lq_see_color_and_no_light() -> None:
     assert (seen[0].abs() > 0.01).all()
     torch.testing.assert_close(seen[1], -seen[0])
     torch.testing.assert_close(seen[2], torch.zeros(3))
+
+
+def test_training_from_nothing_begins_with_the_lq_and_no_dormant_features() -> None:
+    torch.manual_seed(0)
+    vae, lq = TinyVAE(CONFIG).requires_grad_(False).eval(), pictures()
+    assert not torch.equal(decoded(vae, lq), lq), "torch's own weights add noise"
+    vae.apply(_begin)
+    assert torch.equal(decoded(vae, lq), lq)
+    flat = vae.encoder.conv_in(torch.full((1, 192, 4, 4), 0.7))
+    torch.testing.assert_close(flat[..., 1:-1, 1:-1], torch.zeros(1, 8, 2, 2), rtol=0, atol=1e-5)  # differences alone
+    dormant, of = recycle(vae, lq, 0.0, generator())
+    assert dormant <= of / 5

@@ -70,14 +70,15 @@ class Refinement:
         0 elsewhere."""
         micro_batches = self.config.accumulate * self.run.world.size
         # A sharded model runs on all ranks or on none: they probe together, and one counts.
-        probed = int(step % self.config.noise_every == 0 and draws.start < len(draws) * self.run.world.size)
+        due = step % self.config.noise_every == 0
+        probed = int(due and draws.start < len(draws) * self.run.world.size)
         z_lq = encode(self.vae, lq, self.run)
         eps, other = (draws.normal_like(z_lq, self.preset.shared_noise) for _ in range(2))
         with self.run.autocast():
             x0 = one_step(self.student, torch.cat([eps, other[:probed]]), torch.cat([z_lq, z_lq[:probed]]))
             output, _ = self.vae.decode(x0[: len(draws)], lq)
         if not probed:
-            return output.float(), x0.new_zeros(()) if step % self.config.noise_every == 0 else None
+            return output.float(), x0.new_zeros(()) if due else None
         with torch.no_grad(), self.run.autocast():
             first, second = one_step(self.anchor, torch.cat([eps[:1], other[:1]]), torch.cat([z_lq[:1], z_lq[:1]]))
         drift = ((x0[0] - x0[-1]) - (first - second)).square().mean()
