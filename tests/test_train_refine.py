@@ -13,6 +13,7 @@ from duovsr.model.one_step import new_autoencoder
 from duovsr.train.data import Pool
 from duovsr.train.distributed import World
 from duovsr.train.loop import Run
+from duovsr.train.losses import PatchDiscriminator
 from duovsr.train.options import RefineConfig
 from duovsr.train.refine import Refinement
 from duovsr.train.roles import DiffusionModel, Inputs
@@ -67,3 +68,15 @@ def test_processes_change_nothing(inputs: Inputs, tmp_path: Path) -> None:
     torch.testing.assert_close(mean, noted[0]["noise_drift"], rtol=0, atol=1e-6)
     for alone, first, second in zip(*map(gradients, made), strict=True):
         torch.testing.assert_close((first + second) / 2, alone, rtol=0, atol=1e-6)
+
+
+def test_the_discriminator_sees_the_frame_before() -> None:
+    torch.manual_seed(0)
+    critic, (frames, lq) = PatchDiscriminator().eval(), torch.rand(2, 1, 3, 3, 16, 16)
+    other = frames.clone()
+    other[:, :, 1] = torch.rand(3, 16, 16)  # the second frame alone
+    with torch.no_grad():
+        first, second, third = critic(other, lq) - critic(frames, lq)
+    assert not first.any()
+    assert second.abs().max() > 1e-4
+    assert third.abs().max() > 1e-4

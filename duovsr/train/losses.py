@@ -82,11 +82,12 @@ def _gaussian_window(images: Tensor, axis: int) -> Tensor:
 
 
 class PatchDiscriminator(nn.Module):
-    """Convolutional critic of single frames beside their upsampled LQ; spectral norm keeps it from running away."""
+    """Convolutional critic of frames beside their upsampled LQ and the change since the frame before, which tells
+    flicker from motion; spectral norm keeps it from running away."""
 
     def __init__(self, width: int = 48) -> None:
         super().__init__()
-        widths = [6 * 4, width, 2 * width, 4 * width]
+        widths = [9 * 4, width, 2 * width, 4 * width]
         layers: list[nn.Module] = [nn.PixelUnshuffle(2)]
         for i, (before, after) in enumerate(pairwise(widths)):
             stride = 1 if i == 0 else 2
@@ -97,8 +98,9 @@ class PatchDiscriminator(nn.Module):
 
     def forward(self, frames: Tensor, lq: Tensor) -> Tensor:
         """Frames and LQ (B, 3, T, H, W) -> logits (B T, 1, H / 8, W / 8)."""
-        pair = torch.cat([frames, lq], dim=1).transpose(1, 2).flatten(0, 1)
-        logits: Tensor = self.layers(pair.contiguous(memory_format=torch.channels_last))
+        change = torch.diff(frames, dim=2, prepend=frames[:, :, :1])
+        seen = torch.cat([frames, lq, change], dim=1).transpose(1, 2).flatten(0, 1)
+        logits: Tensor = self.layers(seen.contiguous(memory_format=torch.channels_last))
         return logits.float()
 
 
