@@ -22,7 +22,7 @@ from duovsr.train.distributed import World
 from duovsr.train.draws import Draws
 from duovsr.train.journal import note_settings
 from duovsr.train.loop import Run
-from duovsr.train.losses import gradient_loss, luma_and_color, ssim_loss, temporal_loss
+from duovsr.train.losses import detail_loss, gradient_loss, luma_and_color, ssim_loss, temporal_loss
 from duovsr.train.options import RECIPES, DualConfig, ExportConfig, ProgressiveConfig, StageConfig
 from duovsr.train.roles import ode_solution
 from duovsr.train.runs import load_weights
@@ -141,6 +141,15 @@ def test_the_ssim_loss_at_smaller_scales_is_that_of_smaller_frames() -> None:
     halves = [F.avg_pool2d(frames.transpose(1, 2).flatten(0, 1), 2).unsqueeze(2) for frames in (output, truth)]
     expected = (ssim_loss(output, truth) + ssim_loss(*halves)) / 2
     torch.testing.assert_close(ssim_loss(output, truth, scales=2), expected)
+
+
+def test_the_detail_loss_is_what_is_missing() -> None:
+    truth = 100 * torch.randn(1, 3, 2, 32, 48)  # much more than the eye's threshold
+    assert detail_loss(truth, truth) < 1e-5
+    assert detail_loss(0.7 * truth, truth).item() == pytest.approx(0.3, abs=1e-4)
+    assert detail_loss(1.5 * truth, truth) < 1e-5, "more than the truth has is left to the other losses"
+    assert detail_loss(-truth, truth).item() == pytest.approx(1, abs=1e-2), "the wrong detail is none, and no worse"
+    assert detail_loss(torch.zeros_like(truth), truth / 1e5) < 1e-5, "what nobody sees is not missing"
 
 
 class StraightFlow(nn.Module):

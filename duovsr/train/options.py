@@ -212,6 +212,7 @@ class RefineConfig(StageConfig):
     gradient_weight: float = 0.5
     ssim_weight: float = 0.4
     ssim_scales: int = 1  # full size, half, and so on
+    detail_weight: float = 0.0  # sharper, at a cost in PSNR and steadiness
     temporal_weight: float = 0.3
     adversarial_weight: float = 0.02
     adversarial_start: int = 1200  # step; pixels first: they are cheaper, and settle the decoder

@@ -18,6 +18,7 @@ from duovsr.train.loop import Metrics, Run, Trained, run_loop
 from duovsr.train.losses import (
     PatchDiscriminator,
     charbonnier,
+    detail_loss,
     gradient_loss,
     hinge_discriminator_loss,
     hinge_generator_loss,
@@ -93,12 +94,11 @@ class Refinement:
         loss = pixel + config.gradient_weight * gradient_loss(*pair) + config.temporal_weight * temporal_loss(*pair)
         structure = ssim_loss(output, hq, config.ssim_scales)
         loss = loss + config.ssim_weight * structure
-        noted = {
-            "loss": loss,  # the terms that every step has
-            "pixel": pixel,
-            "ssim_loss": structure,
-            "psnr_gain": psnr(output, hq) - psnr(lq, hq),
-        }
+        noted = {"pixel": pixel, "ssim_loss": structure, "psnr_gain": psnr(output, hq) - psnr(lq, hq)}
+        if config.detail_weight > 0:
+            noted["detail_loss"] = detail_loss(output, hq)
+            loss = loss + config.detail_weight * noted["detail_loss"]
+        noted["loss"] = loss  # the terms that every step has
         if drift is not None:
             loss = loss + config.noise_weight * drift
             noted["noise_drift"] = drift
