@@ -4,8 +4,9 @@
 
 TinyVAE and a base model of `tiny` are trained from nothing, once; every row then starts from the same runs, with the
 same data and seed, and the rows of stage II have the same number of student updates. The joint row has a second seed:
-what lies within the two is noise. Every student is scored with one step, the base with 50. The same command resumes;
-it writes `results/ablations.json`. Some three quarters of an hour of one core. (Needs OpenCV and vmaf-torch.)
+what lies within the two is noise. Every student is scored with one step, the base with 50; beside them the autoencoder
+with the truth's latents and with none. The same command resumes; it writes `results/ablations.json`. Some three
+quarters of an hour of one core. (Needs OpenCV and vmaf-torch.)
 """
 
 from __future__ import annotations
@@ -19,14 +20,18 @@ from pathlib import Path
 import torch
 from held_out import CPU, scores
 from measuring import RESULTS, describe, write_json
+from torch import Tensor
 
+from duovsr.model.one_step import Autoencoder
+from duovsr.model.tiny_vae import TinyVAE
 from duovsr.options import PRESETS
 from duovsr.train.data import Pool
 from duovsr.train.distributed import World
+from duovsr.train.draws import Draws
 from duovsr.train.loop import Run
 from duovsr.train.options import BaseConfig
 from duovsr.train.rankers import make_rankers
-from duovsr.train.roles import Inputs, diffusion_model, ode_restore
+from duovsr.train.roles import Inputs, diffusion_model, encode, ode_restore
 from duovsr.train.runs import load_weights
 from duovsr.train.stages import Job, resolve, run_job
 from duovsr.train.validation import Restore
@@ -103,6 +108,26 @@ def restorer(folder: Path, pool: Pool, steps: int) -> Restore:
     return ode_restore(run, PRESET, inputs.autoencoder(run), model, steps, config.shift if steps > 1 else 1.0)
 
 
+def bounds(folder: Path, pool: Pool) -> dict[str, Restore]:
+    """Between what every student of this autoencoder is: no latents, and the truth's; and the LQ itself."""
+    run = Run(Path(), BaseConfig(), World(0, 1, CPU))
+    vae = Inputs(PRESET, pool, None, load_weights(folder), folder).autoencoder(run)
+
+    def without(hq: Tensor, lq: Tensor, draws: Draws) -> Tensor:
+        return decode_with(vae, None, lq, run)
+
+    def with_true(hq: Tensor, lq: Tensor, draws: Draws) -> Tensor:
+        return decode_with(vae, encode(vae, hq, run), lq, run)
+
+    return {"LQ": lambda hq, lq, draws: lq, "no latents": without, "the truth's latents": with_true}
+
+
+def decode_with(vae: Autoencoder, latents: Tensor | None, lq: Tensor, run: Run) -> Tensor:
+    assert isinstance(vae, TinyVAE)
+    with run.autocast():
+        return vae.decode(latents, lq)[0]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, nargs="+", required=True)
@@ -120,6 +145,9 @@ def main() -> None:
             restore = restorer(args.out / row.name, pool, BASE_STEPS if row.stage == "base" else 1)
             rows[row.name] = {**scores(restore, pool, rankers, WINDOWS), "cpu_seconds": seconds}
             print(row.name, ", ".join(f"{name} {value:.4g}" for name, value in rows[row.name].items()), flush=True)
+    for name, restore in bounds(args.out / "vae", pool).items():
+        rows[name] = scores(restore, pool, rankers, WINDOWS)
+        print(name, rows[name], flush=True)
     rows["truth"] = scores(None, pool, rankers, WINDOWS)
     record = {
         "benchmark": "ablations",
