@@ -11,14 +11,14 @@ from torch.nn.utils.parametrizations import spectral_norm
 
 
 def luma_and_color(frames: Tensor) -> Tensor:
-    """RGB frames (B, 3, T, H, W) as luma and two colour differences (BT.601), times 3, 1.5 and 1.5: means of absolute
-    errors then are the luma's plus half of each colour's.
+    """RGB frames (B, 3, T, H, W) as luma and two colour differences (BT.601), times 3: means of absolute errors then are
+    the sums of the three.
 
     Where a pixel's luma is off by more than its colour, all of its RGB errors have one sign, and an L1 of RGB has no
     gradient that would change the colour.
     """
     weights = frames.new_tensor([[0.299, 0.587, 0.114], [-0.169, -0.331, 0.5], [0.5, -0.419, -0.081]])
-    return torch.einsum("ij,bjthw->bithw", weights * frames.new_tensor([[3.0], [1.5], [1.5]]), frames)
+    return torch.einsum("ij,bjthw->bithw", 3 * weights, frames)
 
 
 def charbonnier(output: Tensor, target: Tensor) -> Tensor:
