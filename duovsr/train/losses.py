@@ -11,8 +11,8 @@ from torch.nn.utils.parametrizations import spectral_norm
 
 
 def luma_and_color(frames: Tensor) -> Tensor:
-    """RGB frames (B, 3, T, H, W) as luma and two colour differences (BT.601), times 3: means of absolute errors then are
-    the sums of the three.
+    """RGB frames (B, 3, T, H, W) as luma and two colour differences (BT.601), times 3: means of absolute errors then
+    are the sums of the three.
 
     Where a pixel's luma is off by more than its colour, all of its RGB errors have one sign, and an L1 of RGB has no
     gradient that would change the colour.
