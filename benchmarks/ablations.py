@@ -109,7 +109,7 @@ def restorer(folder: Path, pool: Pool, steps: int) -> Restore:
 
 
 def bounds(folder: Path, pool: Pool) -> dict[str, Restore]:
-    """Between what every student of this autoencoder is: no latents, and the truth's; and the LQ itself."""
+    """Beside every student of this autoencoder: the LQ itself, the decode without latents and with the truth's."""
     run = Run(Path(), BaseConfig(), World(0, 1, CPU))
     vae = Inputs(PRESET, pool, None, load_weights(folder), folder).autoencoder(run)
 

@@ -301,6 +301,7 @@ def test_settings_reach_their_places(tmp_path: Path) -> None:
         ("vae", "frames=4", "unsupported frames: `4`"),
         ("dual", "streams=triple", "unsupported streams: `triple`"),
         ("progressive", "start=48", "unsupported start: `48`"),
+        ("refine", "ssim_scales=5", "unsupported ssim_scales: `5`"),
         ("gan", "a=b", "unknown stage"),
     ):
         with pytest.raises(UsageError, match=words):

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import spectral_norm
 
+_LUMA = (0.299, 0.587, 0.114)  # BT.601
+
 
 def luma_and_color(frames: Tensor) -> Tensor:
     """RGB frames (B, 3, T, H, W) as luma and two colour differences (BT.601), times 3: means of absolute errors then
@@ -17,7 +19,7 @@ def luma_and_color(frames: Tensor) -> Tensor:
     Where a pixel's luma is off by more than its colour, all of its RGB errors have one sign, and an L1 of RGB has no
     gradient that would change the colour.
     """
-    weights = frames.new_tensor([[0.299, 0.587, 0.114], [-0.169, -0.331, 0.5], [0.5, -0.419, -0.081]])
+    weights = frames.new_tensor([_LUMA, [-0.169, -0.331, 0.5], [0.5, -0.419, -0.081]])
     return torch.einsum("ij,bjthw->bithw", 3 * weights, frames)
 
 
@@ -113,7 +115,7 @@ def _haar(x: Tensor) -> tuple[Tensor, ...]:
 
 def _luma(frames: Tensor) -> Tensor:
     """Frames (B, 3, T, H, W) -> (B T, H, W)."""
-    weights = frames.new_tensor([0.299, 0.587, 0.114]).view(3, 1, 1, 1)
+    weights = frames.new_tensor(_LUMA).view(3, 1, 1, 1)
     return (frames * weights).sum(1).flatten(0, 1)
 
 

@@ -223,6 +223,11 @@ class RefineConfig(StageConfig):
     recycle: float = 0.0  # at the start, features this small beside their layer's mean begin anew; see `recycle`
     faithful_every: int = 4  # steps; the latent-free decode needs little and costs a fifth of a step
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        fits = self.crop >> (self.ssim_scales - 1) >= 11  # the window of SSIM
+        check(fits, "ssim_scales", self.ssim_scales, f"fewer, as a crop of {self.crop} is too small")
+
 
 @dataclass(frozen=True)
 class PoolConfig:
