@@ -53,7 +53,8 @@ def test_one_signal_finishes_the_piece_and_the_hint_goes_on(tmp_path: Path, numb
     process.send_signal(number)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == code, errors
-    asked, error, hint = errors.strip().splitlines()
+    progress = "in put.mp4: "  # a line each 5 s, on a machine busy enough
+    asked, error, hint = (line for line in errors.splitlines() if not line.startswith(progress))
     assert asked == "finishing the piece at work; once more to stop now"
     assert error.startswith("error: interrupted: 48 frames of")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in put.mp4", "out.mp4.duovsr"]
