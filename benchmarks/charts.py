@@ -23,6 +23,11 @@ CARD = Path(__file__).parents[1] / "weights" / "MODEL_CARD.md"
 CPUS = {"cpu_speed_amx.json": "Intel Xeon with AMX", "cpu_speed.json": "AMD EPYC without AMX"}
 METRICS = {"psnr_y": "PSNR-Y, dB", "vmaf": "VMAF", "niqe": "NIQE (lower is better)"}
 CARD_COLUMNS = ("psnr_y", "ssim_y", "vmaf", "niqe", "ewarp_dis")
+VALIDATIONS = {
+    "validation_psnr": "PSNR-Y, dB",
+    "validation_ssim": "SSIM-Y",
+    "validation_detail": "detail (the truth's is 1)",
+}
 SETS = {"real": "degraded clips", "bi": "clean clips"}
 PEER = "realesr-animevideov3"
 OURS, THEIRS, OTHER = "#1b6ca8", "#c7762e", "#8a8a8a"
@@ -154,6 +159,25 @@ def counted(record: Record) -> Figure:
     return figure
 
 
+def training(record: Record) -> Figure:
+    """Validations of the runs one after another, of those that were validated alike (as the first one was)."""
+    alike = ("crop", "frames", "validation_samples")
+    runs = record["runs"]
+    first = next(iter(runs.values()))["settings"]
+    figure, axes = panels(len(VALIDATIONS), "Training of tiny: {validation_samples} held-out windows".format(**first))
+    own = {name: run for name, run in runs.items() if all(run["settings"][key] == first[key] for key in alike)}
+    for axis, (key, title) in zip(axes, VALIDATIONS.items(), strict=True):
+        before = 0
+        for place, (name, run) in enumerate(own.items()):
+            points = [(before + row["step"], row[key]) for row in run["validation"]]
+            curve(axis, points, f"C{place}", name)
+            before = int(points[-1][0]) + 1
+        axis.set_xlabel("steps, one run after another", fontsize=8)
+        axis.set_title(title, fontsize=10)
+    axes[0].legend(fontsize=7)
+    return figure
+
+
 def gpu(record: Record) -> Figure:
     """Seconds of each stage of the workloads beside the floor."""
     rows = [row for part in record["parts"].values() for row in part.get("rows", []) if "floor_seconds" in row]
@@ -192,6 +216,8 @@ def draw_all(out: Path) -> list[Path]:
     }
     if (RESULTS / "cost.json").exists():
         figures |= {"cost": cost(read("cost.json")), "cost_1.3b": counted(read("cost.json"))}
+    if (RESULTS / "training.json").exists():
+        figures["training"] = training(read("training.json"))
     for path in sorted(RESULTS.glob("gpu_*.json")):
         record = read(path.name)
         figures[path.stem] = gpu(record)

@@ -168,7 +168,7 @@ def test_charts_are_drawn_small(
     pytest.importorskip("matplotlib")
     charts = importlib.import_module("charts")
     monkeypatch.setattr(charts, "RESULTS", tmp_path)
-    for name in ("cpu_speed.json", "cpu_speed_amx.json", "quality.json"):
+    for name in ("cpu_speed.json", "cpu_speed_amx.json", "quality.json", "training.json"):
         (tmp_path / name).write_bytes((ROOT / "benchmarks" / "results" / name).read_bytes())
     (tmp_path / "cost.json").write_text(json.dumps(costs))
     stages = {stage: {"median": 0.1} for stage in ("encode", "transformer", "decode")}
@@ -178,7 +178,7 @@ def test_charts_are_drawn_small(
     (tmp_path / "gpu_x.json").write_text(json.dumps({"machine": {"device": "X"}, "parts": {"tiny": {"rows": [row]}}}))
     paths = charts.draw_all(tmp_path)
     assert {path.name for path in paths} == {
-        f"chart_{name}.png" for name in ("cpu_speed", "quality", "cost", "cost_1_3b", "gpu_x")
+        f"chart_{name}.png" for name in ("cpu_speed", "quality", "cost", "cost_1_3b", "training", "gpu_x")
     }
     assert all(0 < path.stat().st_size < 150_000 for path in paths)
 
@@ -189,3 +189,26 @@ def test_the_card_has_the_rows_of_the_charts(gpu: ModuleType) -> None:
     rows = charts.card_rows(charts.CARD.read_text())
     assert {(of, name) for of in charts.SETS for name in ("bicubic", charts.PEER)} <= set(rows)
     assert rows["real", "bicubic"]["psnr_y"] == 24.41
+
+
+def test_curves_are_a_runs_own_and_tell_a_run_that_differs(gpu: ModuleType, tmp_path: Path) -> None:
+    curves = importlib.import_module("curves")
+
+    def run(name: str, losses: dict[int, float]) -> Path:
+        folder = tmp_path / name
+        folder.mkdir()
+        rows: list[dict[str, float]] = [{"step": step, "seconds": 1, "loss": loss} for step, loss in losses.items()]
+        rows.insert(2, {"step": 20, "seconds": 2, "validation_psnr": 28.0})
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        inputs = {"init": "/somewhere/else/weights", "data": ["/somewhere/pool"]}
+        settings = {"stage": "refine", "settings": {"seed": 1}, "versions": {}, "inputs": inputs}
+        (folder / "settings.json").write_text(json.dumps(settings))
+        return folder
+
+    logged = run("logged", {0: 1.0, 100: 3.0, 200: 5.0})
+    record = curves.curves(logged)
+    assert record["losses"] == [{"step": 0, "loss": 2.0}, {"step": 200, "loss": 5.0}]
+    assert record["validation"] == [{"step": 20, "validation_psnr": 28.0}]
+    assert (record["init"], record["pools"]) == ("weights", ["pool"])  # no paths of a machine
+    assert curves.repeated(logged, run("same", {0: 1.0, 100: 3.0}))["largest_difference"] == 0
+    assert curves.repeated(logged, run("other", {0: 1.0, 100: 2.5}))["largest_difference"] == 0.5
