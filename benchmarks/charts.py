@@ -160,21 +160,18 @@ def counted(record: Record) -> Figure:
 
 
 def training(record: Record) -> Figure:
-    """Validations of the runs one after another, of those that were validated alike (as the first one was)."""
-    alike = ("crop", "frames", "validation_samples")
-    runs = record["runs"]
-    first = next(iter(runs.values()))["settings"]
-    figure, axes = panels(len(VALIDATIONS), "Training of tiny: {validation_samples} held-out windows".format(**first))
-    own = {name: run for name, run in runs.items() if all(run["settings"][key] == first[key] for key in alike)}
+    """Validations of the runs one after another; values of different windows do not compare."""
+    figure, axes = panels(len(VALIDATIONS), "Training of tiny: means over held-out windows")
     for axis, (key, title) in zip(axes, VALIDATIONS.items(), strict=True):
         before = 0
-        for place, (name, run) in enumerate(own.items()):
+        for place, (name, run) in enumerate(record["runs"].items()):
+            windows = "{validation_samples} of {crop}x{crop}x{frames}".format(**run["settings"])
             points = [(before + row["step"], row[key]) for row in run["validation"]]
-            curve(axis, points, f"C{place}", name)
+            curve(axis, points, f"C{place % 10}", f"{name}: {windows}")
             before = int(points[-1][0]) + 1
         axis.set_xlabel("steps, one run after another", fontsize=8)
         axis.set_title(title, fontsize=10)
-    axes[0].legend(fontsize=7)
+    figure.legend(*axes[0].get_legend_handles_labels(), fontsize=7, loc="outside right center")
     return figure
 
 

@@ -3,8 +3,8 @@
     python benchmarks/curves.py runs/refine12 runs/refine13 ... [--again runs/fresh]
 
 Of every run, in the order given: its settings, the means of its losses over 200 steps, and every validation. With
-`--again`, the folder of a second run of the last one's command (it may be stopped after some steps): the losses of the
-steps that both noted, beside each other. Writes `results/training.json`, which `charts.py` draws.
+`--again`, the folder of a second run of one's command (it may be stopped after some steps): the losses of the steps
+that both noted, beside each other. Writes `results/training.json`, which `charts.py` draws.
 """
 
 from __future__ import annotations
@@ -64,8 +64,16 @@ def rounded(row: Row) -> Row:
     return {name: round(value, 5) for name, value in row.items() if name != "seconds"}
 
 
-def repeated(run: Path, again: Path) -> Row:
-    """The losses of both runs at the steps that both noted, and the largest difference between them."""
+def command_of(run: Path) -> Row:
+    record = json.loads((run / SETTINGS).read_text())
+    return {"settings": record["settings"], "inputs": record["inputs"]}
+
+
+def repeated(runs: list[Path], again: Path) -> Row:
+    """The losses of `again` and of the run with its settings and inputs, at the steps that both noted."""
+    run = next((run for run in runs if command_of(run) == command_of(again)), None)
+    if run is None:
+        raise SystemExit(f"no run has the settings and inputs of {again}")
     first, second = ({row["step"]: row["loss"] for row in rows_of(each) if "loss" in row} for each in (run, again))
     steps = sorted(first.keys() & second.keys())
     return {
@@ -86,7 +94,7 @@ def main() -> None:
     options = parser.parse_args()
     record: Row = {"runs": {run.name: curves(run) for run in options.runs}}
     if options.again:
-        record["again"] = repeated(options.runs[-1], options.again)
+        record["again"] = repeated(options.runs, options.again)
         print(f"{record['again']['run']} again: losses differ by {record['again']['largest_difference']:g} at most")
     write_json(RESULT, record)
     print(RESULT)

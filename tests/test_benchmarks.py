@@ -194,14 +194,14 @@ def test_the_card_has_the_rows_of_the_charts(gpu: ModuleType) -> None:
 def test_curves_are_a_runs_own_and_tell_a_run_that_differs(gpu: ModuleType, tmp_path: Path) -> None:
     curves = importlib.import_module("curves")
 
-    def run(name: str, losses: dict[int, float]) -> Path:
+    def run(name: str, losses: dict[int, float], seed: int = 1) -> Path:
         folder = tmp_path / name
         folder.mkdir()
         rows: list[dict[str, float]] = [{"step": step, "seconds": 1, "loss": loss} for step, loss in losses.items()]
         rows.insert(2, {"step": 20, "seconds": 2, "validation_psnr": 28.0})
         (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         inputs = {"init": "/somewhere/else/weights", "data": ["/somewhere/pool"]}
-        settings = {"stage": "refine", "settings": {"seed": 1}, "versions": {}, "inputs": inputs}
+        settings = {"stage": "refine", "settings": {"seed": seed}, "versions": {}, "inputs": inputs}
         (folder / "settings.json").write_text(json.dumps(settings))
         return folder
 
@@ -210,5 +210,9 @@ def test_curves_are_a_runs_own_and_tell_a_run_that_differs(gpu: ModuleType, tmp_
     assert record["losses"] == [{"step": 0, "loss": 2.0}, {"step": 200, "loss": 5.0}]
     assert record["validation"] == [{"step": 20, "validation_psnr": 28.0}]
     assert (record["init"], record["pools"]) == ("weights", ["pool"])  # no paths of a machine
-    assert curves.repeated(logged, run("same", {0: 1.0, 100: 3.0}))["largest_difference"] == 0
-    assert curves.repeated(logged, run("other", {0: 1.0, 100: 2.5}))["largest_difference"] == 0.5
+    runs = [run("another", {0: 1.0}, seed=2), logged]
+    same = curves.repeated(runs, run("same", {0: 1.0, 100: 3.0}))
+    assert (same["run"], same["largest_difference"]) == ("logged", 0)
+    assert curves.repeated(runs, run("other", {0: 1.0, 100: 2.5}))["largest_difference"] == 0.5
+    with pytest.raises(SystemExit):
+        curves.repeated(runs, run("neither", {0: 1.0}, seed=3))
