@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from duovsr.errors import InputError, TrainError, UsageError
+from duovsr.errors import InputError, UsageError
 from duovsr.train import pool as pools
 from duovsr.train.options import PoolConfig
 from duovsr.train.pool import build_pool, camera_move, camera_path, crop_clip, view
@@ -275,7 +275,7 @@ def test_rows_of_bad_files_are_marked_unusable(footage: Path, tmp_path: Path) ->
     assert {scale > 0 for scale in np.load(out / "scale.npy")} == {True, False}
     assert "broken.mp4" in str(json.loads((out / "pool.json").read_text())["skipped"])
     write_manifest(sources, {"broken.mp4": "camera"})
-    with pytest.raises(TrainError, match="no usable"):
+    with pytest.raises(InputError, match="no usable"):
         build_pool([sources], tmp_path / "none", config)
     assert not (tmp_path / "none" / "scale.npy").exists()
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -10,7 +12,7 @@ import typer
 
 from duovsr.cli.show import fail, show
 from duovsr.cli.signals import Terminated, exit_code_of
-from duovsr.errors import NoSpaceError, UsageError
+from duovsr.errors import DuovsrError, InputError, NoSpaceError, OutOfMemoryError, UsageError
 
 
 def train(
@@ -51,10 +53,42 @@ def train(
         return
     if devices is not None:
         raise UsageError("--devices is for --dry-run alone", hint="torchrun's --nproc-per-node makes a job of many")
+    inputs = [*job.data, *job.held_out, *([init] if init else [])]
     try:
-        run_job(job, config)
-    except OSError as error:
-        where = f"cannot write to `{error.filename or out}`: {error.strerror or error}"
-        raise (NoSpaceError if error.errno == errno.ENOSPC else UsageError)(where) from error
+        with _told(out, inputs):
+            run_job(job, config)
     except (KeyboardInterrupt, Terminated) as error:
         fail("interrupted", "run the same command to go on", exit_code_of(error))
+
+
+@contextmanager
+def _told(out: Path, inputs: list[Path]) -> Iterator[None]:
+    """The machine's failures (disks, memory, killed processes) as errors of one line and a hint."""
+    from concurrent.futures.process import BrokenProcessPool
+
+    from duovsr.engine.memory import is_out_of_memory
+
+    try:
+        yield
+    except OSError as error:
+        raise _disk_error(error, Path(str(error.filename or out)), inputs) from error
+    except BrokenProcessPool as error:
+        hint = "set fewer `workers`; the same command goes on"
+        raise OutOfMemoryError("a worker was killed, probably for want of memory", hint=hint) from error
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        reason = " ".join(str(error).split())[:160]
+        hint = "set a larger `accumulate`, or a smaller `batch`, `crop` or `frames`"
+        raise OutOfMemoryError(f"out of memory: {reason}", hint=hint) from error
+
+
+def _disk_error(error: OSError, path: Path, inputs: list[Path]) -> DuovsrError:
+    reason = error.strerror or str(error)
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return NoSpaceError(f"no space left to write `{path}`", hint="free some space; the same command goes on")
+    if any(path.is_relative_to(folder) for folder in inputs):
+        return InputError(f"cannot read `{path}`: {reason}", hint="see its permissions and its disk")
+    if isinstance(error, FileExistsError | NotADirectoryError):
+        return UsageError(f"not a folder: `{path}`", hint="choose another `--out`")
+    return DuovsrError(f"cannot write `{path}`: {reason}", hint="see its permissions and its disk")

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -19,7 +20,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save
 
-from duovsr.errors import InputError
+from duovsr.errors import DuovsrError, InputError
 from duovsr.weights import atomic_file
 
 State = Mapping[str, Any]
@@ -65,12 +66,13 @@ class Checkpoints:
         self._pending = path, future  # type: ignore[assignment]
 
     def wait(self) -> None:
-        """Finish the write under way, point to it and drop the oldest. Raises what the write raised."""
+        """Finish the write under way, point to it and drop the oldest. Raises DuovsrError where it failed."""
         if self._pending is None:
             return
         path, future = self._pending
         self._pending = None
-        future.result()
+        with told_of(path):
+            future.result()
         if dist.is_initialized():
             dist.barrier()
         if not _first():
@@ -95,6 +97,19 @@ class Checkpoints:
                 hint=f"write another of {names} into `{self.folder / 'latest'}`, or start anew",
             ) from error
         return True
+
+
+@contextmanager
+def told_of(path: Path) -> Iterator[None]:
+    """torch's writers have errors of their own for a full disk and the like. Raises DuovsrError in their place."""
+    try:
+        yield
+    except (CheckpointException, OSError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise DuovsrError(
+            f"cannot write `{path}`: {reason}",
+            hint="free some space; the same command goes on from the last checkpoint",
+        ) from error
 
 
 def _first() -> bool:

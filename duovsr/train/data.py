@@ -62,6 +62,7 @@ class Pool:
         for folder in folders:
             if not (folder / "scale.npy").is_file():
                 raise InputError(f"not a finished training pool: `{folder}`", hint="make it with `duovsr train pool`")
+        self.folder = folders[0]
         self.hq = [_array(folder / "hq.npy") for folder in folders]
         self.lq = [_array(folder / "lq.npy") if (folder / "lq.npy").is_file() else None for folder in folders]
         self.scale = [_array(folder / "scale.npy") for folder in folders]
@@ -72,13 +73,17 @@ class Pool:
         self.length, self.side = self.hq[0].shape[1:3]
         for folder, hq in zip(folders, self.hq, strict=True):
             if hq.shape[1:3] != (self.length, self.side):
-                raise InputError(f"windows of another size than those of `{folders[0]}`: `{folder}`")
+                raise InputError(
+                    f"windows of another size than those of `{folders[0]}`: `{folder}`",
+                    hint="pools of one run need the same `side` and `frames`",
+                )
 
     def require(self, crop: int, frames: int) -> None:
         """Raises InputError where the windows are smaller than what a stage asks for."""
         if crop > self.side or frames > self.length:
             raise InputError(
-                f"the stage asks for {frames} frames of {crop} pixels, the pool has {self.length} of {self.side}",
+                f"the stage asks for {frames} frames of {crop} pixels,"
+                f" `{self.folder}` has {self.length} of {self.side}",
                 hint="set `crop` and `frames`, or make a pool with other `side` and `frames`",
             )
 

@@ -33,11 +33,11 @@ Scores = dict[str, float]
 
 
 class Interrupted(TrainError):
-    """SIGINT (exit code 130) or SIGTERM (143); the state is saved."""
+    """SIGINT (exit code 130), or SIGTERM or SIGHUP (143); the state is saved."""
 
     def __init__(self, message: str, number: int) -> None:
         super().__init__(message, hint="run the same command to go on")
-        self.exit_code = 128 + number
+        self.exit_code = 130 if number == signal.SIGINT else 143
 
 
 class Ema:
@@ -300,7 +300,8 @@ class _Stop(threading.Event):
 
 @contextmanager
 def _signals() -> Iterator[_Stop]:
-    """A flag that SIGTERM or SIGINT sets: the step under way ends, the state is saved. Again: at once."""
+    """A flag that SIGINT, SIGTERM or a closed terminal sets: the step under way ends, the state is saved. Again: at
+    once."""
     stop = _Stop()
     if threading.current_thread() is not threading.main_thread():
         yield stop
@@ -311,7 +312,9 @@ def _signals() -> Iterator[_Stop]:
         stop.number = number
         signal.signal(number, before[signal.Signals(number)])
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    numbers = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}  # Windows has no SIGHUP
+    heeded = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]  # as nohup ignores one
+    before = {number: signal.signal(number, note) for number in heeded}
     try:
         yield stop
     finally:

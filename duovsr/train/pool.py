@@ -26,7 +26,7 @@ from torch import Generator, Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from duovsr.errors import InputError, TrainError, UsageError
+from duovsr.errors import InputError, UsageError
 from duovsr.train.degradation import degrade
 from duovsr.train.options import PoolConfig
 from duovsr.train.sources import Source, find_sources, measure, open_footage
@@ -115,7 +115,7 @@ def build_pool(folders: list[Path], out: Path, config: PoolConfig) -> None:
     `hq.npy` (N, T, side, side, 3) uint8; `lq.npy` (N, T, side * 2 // 3, side * 2 // 3, 3) uint8, the LQ in its top left
     corner (absent in a `live` pool); `scale.npy` (N,) float32, 0 for rows without a window, which is written last;
     `pool.json` with the configuration, the sources with their sharpness, and what was skipped and why. Raises
-    InputError as `find_sources` does, UsageError where `out` has another pool, TrainError where nothing is usable.
+    InputError as `find_sources` does, UsageError where `out` has another pool, InputError where nothing is usable.
     """
     out.mkdir(parents=True, exist_ok=True)
     data = sorted(map(str, folders))
@@ -130,14 +130,14 @@ def build_pool(folders: list[Path], out: Path, config: PoolConfig) -> None:
         sources = [replace(s, sharpness=record["sources"][s.name]) for s in found if s.name in record["sources"]]
         if not sources:
             reasons = "; ".join(list(record["skipped"].values())[:3]) or "none is on this side of the validation split"
-            raise TrainError(f"no usable training source in {len(found)}: {reasons}")
-        choice = _draw(sources, config)
+            hint = f"give footage of at least {config.side}x{config.side} pixels, and more than a few files of it"
+            raise InputError(f"no usable training source in {len(found)}: {reasons}", hint=hint)
         if not known:  # from here on the folder is this pool's
             for name in (SCALE, _PARTIAL, HQ, LQ):
                 (out / name).unlink(missing_ok=True)
             _write_record(out, record)
         scales = _open_arrays(out, config)
-        tasks = _tasks(choice, sources, np.flatnonzero(scales == 0).tolist())
+        tasks = _tasks(_draw(sources, config), sources, np.flatnonzero(scales == 0).tolist())
         with tqdm(desc="pool", total=config.samples, initial=int((scales > 0).sum()), disable=None) as bar:
             for done, reasons in each(partial(_make_rows, out, config), tasks):
                 scales[list(done)] = list(done.values())
@@ -145,7 +145,7 @@ def build_pool(folders: list[Path], out: Path, config: PoolConfig) -> None:
                 bar.update(len(done))
     _write_record(out, record)
     if not scales.any():
-        raise TrainError("no usable training source", hint=f"the reasons are in `{out / RECORD}`")
+        raise InputError("no usable training source", hint=f"the reasons are in `{out / RECORD}`")
     scales.flush()
     del scales  # Windows renames no file that is mapped
     os.replace(out / _PARTIAL, out / SCALE)
@@ -228,10 +228,12 @@ def _draw(sources: list[Source], config: PoolConfig) -> list[int]:
     choice = torch.empty(config.samples, dtype=torch.long)
     for still in (True, False):
         rows = from_still == still
-        weights = torch.tensor([s.weight * (s.still == still) for s in sources], dtype=torch.float64)
-        if not weights.any():  # clips only, or stills only
-            weights = torch.tensor([s.weight for s in sources], dtype=torch.float64)
-        drawn = torch.multinomial(weights, config.samples, replacement=True, generator=generator)
+        of_kind, all_kinds = [s.weight * (s.still == still) for s in sources], [s.weight for s in sources]
+        # Clips only, or stills only; or pictures that are flat, all of them.
+        weights = next(each for each in (of_kind, all_kinds, [s.preference for s in sources]) if any(each))
+        drawn = torch.multinomial(
+            torch.tensor(weights, dtype=torch.float64), config.samples, replacement=True, generator=generator
+        )
         choice[rows] = drawn[rows]
     return choice.tolist()
 

@@ -118,10 +118,11 @@ def diffusion_model(preset: Preset, weights: Mapping[str, Tensor], run: Run, *, 
     return model if trained else frozen(model)
 
 
-def fill(module: Module, weights: Mapping[str, Tensor], preset: Preset) -> Module:
-    """Copy weights into a module of the preset. Raises InputError where they are of another."""
+def fill(module: Module, weights: Mapping[str, Tensor], preset: Preset, *, assign: bool = False) -> Module:
+    """Copy weights into a module of the preset, or `assign` them as they are. Raises InputError where they are of
+    another."""
     try:
-        module.load_state_dict(weights, strict=True)
+        module.load_state_dict(weights, strict=True, assign=assign)
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:160]
         raise InputError(

@@ -11,6 +11,7 @@ from torch import Tensor
 from duovsr.errors import InputError, TrainError, UsageError
 from duovsr.options import PRESETS
 from duovsr.repository import FILES, TINY_VAE
+from duovsr.train.checkpoint import told_of
 from duovsr.train.distributed import World
 from duovsr.train.options import ExportConfig
 from duovsr.weights import (
@@ -72,13 +73,14 @@ def pick(weights: Weights, name: str, source: Path) -> dict[str, Tensor]:
 
 
 def save_atomically(weights: Mapping[str, Mapping[str, Tensor]], path: Path, world: World) -> None:
-    """The first rank writes; no reader ever sees half a file. Raises TrainError where a weight is not finite."""
+    """The first rank writes; no reader ever sees half a file. Raises TrainError where a weight is not finite, and
+    DuovsrError where the disk does not take it."""
     if not world.first:
         return
     for name, state in weights.items():
         if not all(tensor.isfinite().all() for tensor in state.values()):
             raise TrainError(f"weights of `{name}` are not finite: nothing was written to `{path}`")
-    with atomic_file(path) as partial:
+    with told_of(path), atomic_file(path) as partial:
         torch.save(dict(weights), partial)
 
 

@@ -74,16 +74,16 @@ def find_sources(folders: list[Path]) -> list[Source]:
     that a manifest lists never fall on different sides; without a manifest the origin is the path in the folder.
     Raises InputError for a missing or empty folder, and for a manifest or a shard that cannot be read.
     """
-    sources: dict[str, Source] = {}
+    sources: dict[tuple[Path, Member | None], Source] = {}
     for folder in folders:
         if not folder.is_dir() and not (folder.is_file() and folder.suffix.lower() == SHARD):
             hint = "name a folder of videos and images, or a .tar shard of them"
-            raise InputError(f"no such folder: `{folder}`", hint=hint)
+            raise InputError(f"{'not a' if folder.exists() else 'no such'} folder: `{folder}`", hint=hint)
         found = list(_listed(folder) if (folder / "manifest.csv").is_file() else _present(folder))
         if not found:
             raise InputError(f"no sources in `{folder}`", hint=f"known suffixes: {' '.join(sorted(VIDEOS | IMAGES))}")
-        sources |= {source.name: source for source in found}
-    return [sources[name] for name in sorted(sources)]
+        sources |= {(source.path.resolve(), source.member): source for source in found}  # once, however it is spelt
+    return sorted(sources.values(), key=lambda source: source.name)
 
 
 def _held_out(origin: str) -> bool:
@@ -92,18 +92,32 @@ def _held_out(origin: str) -> bool:
 
 def _listed(folder: Path) -> Iterator[Source]:
     manifest = folder / "manifest.csv"
-    with manifest.open(newline="") as file:
-        rows = csv.DictReader(file)
-        missing = [column for column in _COLUMNS if column not in (rows.fieldnames or ())]
-        if missing:
-            raise InputError(f"no column `{missing[0]}` in `{manifest}`", hint=f"it needs {', '.join(_COLUMNS)}")
-        for row in rows:
-            try:
-                sharpness = float(row["lapvar"]) if row.get("lapvar") else None
-            except ValueError as error:
-                raise InputError(f"not a number: `{row['lapvar']}` in column lapvar of `{manifest}`") from error
-            still, held_out = row["kind"] == "still", _held_out(f"{row['repo']}/{row['path']}")
-            yield Source(folder / row["file"], still, held_out, sharpness, _PREFERENCE.get(row["kind"], 1.0))
+    try:
+        with manifest.open(newline="", encoding="utf-8-sig") as file:
+            rows = csv.DictReader(file)
+            missing = [column for column in _COLUMNS if column not in (rows.fieldnames or ())]
+            if missing:
+                raise InputError(f"no column `{missing[0]}` in `{manifest}`", hint=f"it needs {', '.join(_COLUMNS)}")
+            for row in rows:
+                yield _row(row, folder, f"line {rows.line_num} of `{manifest}`")
+    except (UnicodeDecodeError, csv.Error) as error:
+        hint = "save it again as CSV, encoded in UTF-8"
+        raise InputError(f"not a table in UTF-8: `{manifest}`", hint=hint) from error
+
+
+def _row(row: dict[str, str | None], folder: Path, where: str) -> Source:
+    """Raises InputError where the row is short, names no file, or has no variance where it has something."""
+    empty = [column for column in _COLUMNS if row[column] is None or (column == "file" and not row[column])]
+    if empty:
+        raise InputError(f"no `{empty[0]}` in {where}", hint=f"a row needs {', '.join(_COLUMNS)}")
+    try:
+        sharpness = float(noted) if (noted := row.get("lapvar")) else None
+    except ValueError as error:
+        raise InputError(f"not a number: `{row['lapvar']}` in column lapvar, {where}") from error
+    if sharpness is not None and not 0 <= sharpness < math.inf:
+        raise InputError(f"not a variance: `{row['lapvar']}` in column lapvar, {where}")
+    file, kind, held_out = str(row["file"]), str(row["kind"]), _held_out(f"{row['repo']}/{row['path']}")
+    return Source(folder / file, kind == "still", held_out, sharpness, _PREFERENCE.get(kind, 1.0))
 
 
 def _present(folder: Path) -> Iterator[Source]:

@@ -12,7 +12,7 @@ import torch
 
 from duovsr.errors import UsageError
 from duovsr.model.one_step import new_autoencoder
-from duovsr.options import PRESETS, TinyVAEConfig
+from duovsr.options import PRESETS, Preset, TinyVAEConfig
 from duovsr.repository import CONFIG as MODEL_RECORD
 from duovsr.repository import EMBEDDED, weights_folder
 from duovsr.train.base import train_base
@@ -152,6 +152,7 @@ def run_job(job: Job, config: Any) -> None:
         encode_prompt(job.init, job.out, PRESETS["1.3b"].transformer, config)
     elif job.stage == "export":
         assert job.init is not None
+        _check_weights(job.init, PRESETS[job.preset_name])
         export(job.init, job.out, job.preset_name, config)
     elif job.stage == "recipe":
         _run_recipe(job, config)
@@ -182,6 +183,7 @@ def _run_stage(job: Job, config: StageConfig) -> None:
 
 def _run_recipe(job: Job, configs: dict[str, StageConfig]) -> None:
     """Each stage in `out/STAGE`, from the stage before; finished ones are passed over."""
+    _foresee(job, configs)
     if isinstance(prefs := configs.get("prefs"), PrefsConfig):
         make_rankers(prefs.rankers, torch.device("cpu"))  # before hours of training, not after
     elif "dpo" in configs:
@@ -198,12 +200,25 @@ def _run_recipe(job: Job, configs: dict[str, StageConfig]) -> None:
         init = init if stage == "prefs" else out
 
 
+def _foresee(job: Job, configs: dict[str, StageConfig]) -> None:
+    """Refuses what some stage of a recipe would: before hours of training, not after."""
+    pool = _open(job.data)
+    has: set[str] = {"vae", "model"} if job.init else set()
+    for stage, config in configs.items():
+        if isinstance(pool, Pool) and stage != "dpo":
+            pool.require(config.crop, config.frames)
+        for needed, maker in (("vae", "vae"), ("model", "base")):
+            if needed not in has and stage not in ("vae", maker):
+                raise UsageError(
+                    f"stage `{stage}` has no `{needed}` to start from", hint=f"keep `{maker}`, or add `--init FOLDER`"
+                )
+        has |= {"vae"} if stage == "vae" else {"vae", "model"}
+
+
 def _tune(job: Job, config: TuneConfig) -> None:
     """A pool of somebody's clips, a short refinement of a trained model on it, and the model folder `out/model`."""
     init, preset = job.init or weights_folder() / job.preset_name, PRESETS[job.preset_name]
-    weights = load_weights(init)  # all that can be refused is, before the pool takes its time
-    for name, module in (("vae", new_autoencoder(preset.vae)), ("model", DiffusionModel(preset))):
-        fill(module, pick(weights, name, init), preset)
+    _check_weights(init, preset)  # all that can be refused is, before the pool takes its time
     _held_out(job, config)
     pool, run = job.out / "pool", job.out / "refine"
     with joined(config.device):  # which refuses one that is not there
@@ -212,9 +227,22 @@ def _tune(job: Job, config: TuneConfig) -> None:
     export(run, job.out / "model", job.preset_name, ExportConfig())
 
 
+def _check_weights(init: Path, preset: Preset) -> None:
+    """Raises InputError where `init` has not the weights of a model of the preset."""
+    weights = load_weights(init)
+    with torch.device("meta"):  # names and shapes are all that counts here
+        modules = {"vae": new_autoencoder(preset.vae), "model": DiffusionModel(preset)}
+    for name, module in modules.items():
+        fill(module, pick(weights, name, init), preset, assign=True)
+
+
 def _held_out(job: Job, config: StageConfig) -> Pool | None:
     if not job.held_out:
         return None
+    both = {folder.resolve() for folder in job.data} & {folder.resolve() for folder in job.held_out}
+    if both:
+        hint = "make a pool of held-out sources: `duovsr train pool --set validation=true`"
+        raise UsageError(f"`{both.pop()}` is both --data and --validation", hint=hint)
     pool = _open(job.held_out)
     if not isinstance(pool, Pool):
         raise UsageError("validation needs a pool of frames", hint="make one with `--set validation=true`")

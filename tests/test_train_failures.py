@@ -1,0 +1,191 @@
+"""Failures of `duovsr train` that are the data's or the machine's: one line, a hint, the right exit code."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from duovsr.cli.train import _told
+from duovsr.errors import DuovsrError, InputError, NoSpaceError, OutOfMemoryError, UsageError
+from duovsr.options import PRESETS
+from duovsr.train import checkpoint, runs
+from duovsr.train.checkpoint import Checkpoints
+from duovsr.train.distributed import World
+from duovsr.train.loop import Interrupted
+from duovsr.train.losses import temporal_loss
+from duovsr.train.options import ExportConfig, PoolConfig
+from duovsr.train.pool import build_pool
+from duovsr.train.sources import find_sources
+from duovsr.train.stages import Job, resolve, run_job
+from tests.clips import Clip, write_clip
+from tests.conftest import run_stage, write_pool
+from tests.test_train_loop import fit_line
+
+COLUMNS = b"file,repo,path,kind,lapvar\n"
+
+
+# Footage
+
+
+@pytest.mark.parametrize(
+    ("table", "words"),
+    [
+        (COLUMNS + b"a.mp4,ours,a,camera,-5\n", "not a variance: `-5` .* line 2 of"),
+        (COLUMNS + b"a.mp4,ours,a,camera,nan\n", "not a variance: `nan`"),
+        (COLUMNS + b"a.mp4,ours,a,camera,9\nb.mp4,ours\n", "no `path` in line 3 of"),
+        (COLUMNS + b",ours,a,camera,9\n", "no `file` in line 2 of"),
+        (COLUMNS + b"a.mp4,ours,\xe9,camera,9\n", "not a table in UTF-8"),
+    ],
+)
+def test_a_manifest_that_cannot_be_used_is_named_with_its_line(tmp_path: Path, table: bytes, words: str) -> None:
+    (tmp_path / "manifest.csv").write_bytes(table)
+    with pytest.raises(InputError, match=words):
+        find_sources([tmp_path])
+
+
+def test_a_manifest_may_begin_with_the_mark_that_spreadsheets_write(tmp_path: Path) -> None:
+    (tmp_path / "manifest.csv").write_bytes(b"\xef\xbb\xbf" + COLUMNS + b"a.mp4,ours,a,camera,9\n")
+    assert [source.path.name for source in find_sources([tmp_path])] == ["a.mp4"]
+
+
+def test_a_source_counts_once_however_its_folder_is_spelt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "clips").mkdir()
+    (tmp_path / "clips" / "a.png").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "clips")
+    monkeypatch.chdir(tmp_path)
+    assert len(find_sources([tmp_path / "clips", Path("clips"), tmp_path / "link"])) == 1
+
+
+def test_flat_footage_makes_a_pool(tmp_path: Path) -> None:
+    (tmp_path / "clips").mkdir()
+    black = [np.zeros((64, 96, 3), np.uint8)] * 6
+    write_clip(tmp_path / "clips" / "a.mp4", Clip(range(0, 512 * 6, 512), size=(96, 64), pictures=black))
+    build_pool([tmp_path / "clips"], tmp_path / "pool", PoolConfig(samples=2, frames=3, side=48, live=True))
+    assert np.load(tmp_path / "pool" / "scale.npy").all()
+
+
+# Commands
+
+
+def test_export_refuses_the_weights_of_another_preset(base: Path, tmp_path: Path, small_preset: None) -> None:
+    assert PRESETS["tiny"].name == "small"  # which the weights are of
+    with pytest.raises(InputError, match=r"not of preset `1\.3b`"):
+        run_job(Job("export", tmp_path / "model", preset="1.3b", init=base), ExportConfig())
+    assert not (tmp_path / "model").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (["base=off"], "stage `cfg` has no `model` to start from"),
+        (["vae=off"], "stage `base` has no `vae` to start from"),
+        (["refine.frames=21"], "asks for 21 frames .* has 9 of 72"),
+    ],
+)
+def test_a_recipe_refuses_before_its_first_stage(
+    training_pool: Path, tmp_path: Path, small_preset: None, settings: list[str], words: str
+) -> None:
+    job = Job("recipe", tmp_path / "runs", data=(training_pool,), name="tiny")
+    small = [f"{s}.{k}" for s in resolve(job, []) for k in ("crop=64", "frames=5") if s not in ("dpo", "prefs")]
+    with pytest.raises(DuovsrError, match=words):
+        run_job(job, resolve(job, [*small, "prefs=off", "dpo=off", *settings]))
+    assert not (tmp_path / "runs" / "vae").exists()
+
+
+def test_what_is_trained_on_is_no_validation(training_pool: Path, tmp_path: Path, small_preset: None) -> None:
+    same = training_pool.parent / "." / training_pool.name
+    with pytest.raises(UsageError, match="is both --data and --validation"):
+        run_stage("vae", tmp_path / "run", data=(training_pool,), held_out=(same,))
+    held_out = write_pool(tmp_path / "held_out", samples=2)
+    run_stage("vae", tmp_path / "run", "steps=1", "validation_samples=2", data=(training_pool,), held_out=(held_out,))
+
+
+# The machine
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "words"),
+    [
+        (OSError(errno.EDQUOT, "Quota", "runs/x/a"), NoSpaceError, "no space left to write `runs/x/a`"),
+        (OSError(errno.EIO, "I/O error", "runs/x/a"), DuovsrError, "cannot write `runs/x/a`: I/O error"),
+        (OSError(errno.EIO, "I/O error", "pool/hq.npy"), InputError, "cannot read `pool/hq.npy`"),
+        (FileExistsError(errno.EEXIST, "File exists", "runs"), UsageError, "not a folder: `runs`"),
+        (MemoryError("no room"), OutOfMemoryError, "out of memory: no room"),
+        (torch.OutOfMemoryError("CUDA out of memory.\nTried"), OutOfMemoryError, r"memory: CUDA out of memory\. Tried"),
+        (BrokenProcessPool("died"), OutOfMemoryError, "a worker was killed"),
+    ],
+)
+def test_the_machines_failures_are_told_in_one_line(error: Exception, kind: type[DuovsrError], words: str) -> None:
+    with pytest.raises(kind, match=words) as caught, _told(Path("runs"), [Path("pool")]):
+        raise error
+    assert type(caught.value) is kind and caught.value.hint and "\n" not in str(caught.value)
+
+
+def test_a_fault_of_the_code_stays_one() -> None:
+    with pytest.raises(RuntimeError, match="shape"), _told(Path("runs"), []):
+        raise RuntimeError("shape mismatch")
+
+
+def test_a_checkpoint_that_fails_is_named_and_the_one_before_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    checkpoints.save({"step": torch.ones(1)}, 1)
+    checkpoints.wait()
+
+    def fails(*_: Any, **__: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        future.set_exception(RuntimeError("[enforce fail at inline_container.cc:672]\n. unexpected pos 64 vs 0"))
+        return future
+
+    monkeypatch.setattr(checkpoint, "async_save", fails)
+    checkpoints.save({"step": torch.ones(1)}, 2)
+    with pytest.raises(DuovsrError, match=r"cannot write `.*step_00000002`: \[enforce fail") as caught:
+        checkpoints.wait()
+    assert caught.value.exit_code == 4
+    assert checkpoints.latest() == tmp_path / "step_00000001"
+
+
+def test_a_final_that_fails_is_named_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(_: object, path: Path) -> None:
+        path.write_bytes(b"half")
+        raise RuntimeError("unexpected pos 64 vs 0")
+
+    monkeypatch.setattr(runs.torch, "save", fails)
+    with pytest.raises(DuovsrError, match=r"cannot write `.*final\.pt`"):
+        runs.save_atomically({"a": {"w": torch.ones(1)}}, tmp_path / "final.pt", World(0, 1, torch.device("cpu")))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has no SIGHUP")
+def test_a_closed_terminal_saves_and_nohup_is_heeded(tmp_path: Path) -> None:
+    whole = fit_line(tmp_path / "whole")
+
+    def hang_up(n: int) -> None:
+        if n == 4:
+            os.kill(os.getpid(), signal.SIGHUP)
+
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert torch.equal(fit_line(tmp_path / "ignored", hang_up), whole)
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        with pytest.raises(Interrupted, match="interrupted at step 5 of 9; saved") as caught:
+            fit_line(tmp_path / "stopped", hang_up)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert caught.value.exit_code == 143
+    assert torch.equal(fit_line(tmp_path / "stopped"), whole)
+
+
+def test_one_frame_has_no_flicker() -> None:
+    one, other = torch.rand(2, 2, 3, 1, 8, 8)
+    assert temporal_loss(one, other) == 0
