@@ -200,7 +200,7 @@ def test_tune_refuses_before_it_makes_a_pool(base: Path, training_pool: Path, tm
         ({"init": tmp_path / "missing"}, "not a finished training run"),
         ({"init": tmp_path / "other.pt"}, "not of preset `small`"),
         ({"init": tmp_path / "vae.pt"}, "has no `model`"),
-        ({"held_out": (clips,)}, "not a finished training pool"),
+        ({"held_out": (tmp_path,)}, "not a finished training pool"),
     ):
         given = {"init": base, "data": (clips,), **changed}
         with pytest.raises(DuovsrError, match=words):
