@@ -25,6 +25,7 @@ from duovsr.train.options import ExportConfig
 from duovsr.train.runs import load_weights
 from duovsr.train.stages import Job, resolve, run_job
 from duovsr.weights import is_text_to_video, load_transformer, load_wan_vae
+from tests.conftest import write_pool
 
 CPU = torch.device("cpu")
 SMALL = Preset(
@@ -279,7 +280,7 @@ def run_stage(stage: str, out: Path, *settings: str, preset: str = "1.3b", **job
 
 
 def test_the_chain_trains_from_a_wan_folder(wan: Path, vae: State, training_pool: Path, tmp_path: Path) -> None:
-    pool = (training_pool,)
+    pool, held_out = (training_pool,), (write_pool(tmp_path / "held_out"),)
     stages = {
         "base": ["prompt_dropout=0.5", "sharpness=1e9"],
         "cfg": [],
@@ -287,14 +288,13 @@ def test_the_chain_trains_from_a_wan_folder(wan: Path, vae: State, training_pool
         "dual": ["head_width=8", "steps=2"],
         "dpo": ["only_noise=true"],
     }
-    prompt = load_file(wan / "prompt.safetensors")
-    init, before = wan, load_weights(wan)["model"]
+    prompt, init, before = load_file(wan / "prompt.safetensors"), wan, load_weights(wan)["model"]
     for stage, settings in stages.items():
         data = pool
         if stage == "dpo":
             ranked = ("pairs=2", "rankers=psnr", "candidates=2")
             data = (run_stage("prefs", tmp_path / "prefs", *ranked, data=pool, init=init),)
-        init = run_stage(stage, tmp_path / stage, *settings, data=data, init=init, held_out=pool)
+        init = run_stage(stage, tmp_path / stage, *settings, data=data, init=init, held_out=held_out)
         weights = load_weights(init)
         for name in ("model", *({"score"} & weights.keys())):
             assert all(torch.equal(weights[name][f"prompt.{key}"], prompt[key]) for key in prompt), stage
