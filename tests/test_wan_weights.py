@@ -305,7 +305,7 @@ def test_the_chain_trains_from_a_wan_folder(wan: Path, vae: State, training_pool
     assert before["transformer.patch_embedding.weight"][:, 16:].any()
 
     exported = tmp_path / "models" / "mine"
-    run_job(Job("export", exported, init=init), ExportConfig())
+    run_job(Job("export", exported, "1.3b", init=init), ExportConfig())
     Model("mine", exported, "").require_verified()
     assert not is_text_to_video(exported)
     transformer = load_transformer(exported, SMALL, CPU, torch.float32)
