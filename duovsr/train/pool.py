@@ -115,7 +115,7 @@ def build_pool(folders: list[Path], out: Path, config: PoolConfig) -> None:
     `hq.npy` (N, T, side, side, 3) uint8; `lq.npy` (N, T, side * 2 // 3, side * 2 // 3, 3) uint8, the LQ in its top left
     corner (absent in a `live` pool); `scale.npy` (N,) float32, 0 for rows without a window, which is written last;
     `pool.json` with the configuration, the sources with their sharpness, and what was skipped and why. Raises
-    InputError as `find_sources` does, UsageError where `out` has another pool, InputError where nothing is usable.
+    InputError as `find_sources` does and where nothing is usable, UsageError where `out` has another pool.
     """
     out.mkdir(parents=True, exist_ok=True)
     data = sorted(map(str, folders))
