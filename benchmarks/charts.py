@@ -167,7 +167,7 @@ def training(record: Record) -> Figure:
         for place, (name, run) in enumerate(record["runs"].items()):
             windows = "{validation_samples} of {crop}x{crop}x{frames}".format(**run["settings"])
             points = [(before + row["step"], row[key]) for row in run["validation"]]
-            curve(axis, points, f"C{place % 10}", f"{name}: {windows}")
+            curve(axis, points, f"C{place}", f"{name}: {windows}")
             before = int(points[-1][0]) + 1
         axis.set_xlabel("steps, one run after another", fontsize=8)
         axis.set_title(title, fontsize=10)
