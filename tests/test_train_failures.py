@@ -20,6 +20,7 @@ from duovsr.options import PRESETS
 from duovsr.train import checkpoint, runs
 from duovsr.train.checkpoint import Checkpoints
 from duovsr.train.distributed import World
+from duovsr.train.journal import sole_owner
 from duovsr.train.loop import Interrupted
 from duovsr.train.losses import temporal_loss
 from duovsr.train.options import ExportConfig, PoolConfig
@@ -189,3 +190,16 @@ def test_a_closed_terminal_saves_and_nohup_is_heeded(tmp_path: Path) -> None:
 def test_one_frame_has_no_flicker() -> None:
     one, other = torch.rand(2, 2, 3, 1, 8, 8)
     assert temporal_loss(one, other) == 0
+
+
+def test_a_folder_that_another_process_writes_to_is_refused(
+    small_preset: None, training_pool: Path, tmp_path: Path
+) -> None:
+    run, pool = tmp_path / "run", Job("pool", tmp_path / "run", data=(tmp_path / "clips",))
+    with sole_owner(run), pytest.raises(UsageError, match="another process is writing to"):
+        run_stage("vae", run, data=(training_pool,))
+    with sole_owner(run), pytest.raises(UsageError, match="another process is writing to"):
+        run_job(pool, resolve(pool, []))
+    assert {path.name for path in run.iterdir()} <= {"lock"}
+    run_stage("vae", run, data=(training_pool,))
+    assert (run / "final.pt").is_file()

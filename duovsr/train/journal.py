@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import platform
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -12,6 +14,7 @@ from types import TracebackType
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 
 from duovsr.errors import InputError, UsageError
 from duovsr.repository import CONFIG
@@ -19,7 +22,7 @@ from duovsr.train.options import StageConfig
 from duovsr.train.pool import RECORD as POOL_RECORD
 from duovsr.weights import atomic_file
 
-SETTINGS, METRICS = "settings.json", "metrics.jsonl"
+SETTINGS, METRICS, _LOCK = "settings.json", "metrics.jsonl", "lock"
 _MARKS = {SETTINGS: "a run", POOL_RECORD: "a pool", CONFIG: "a model"}
 _FREE = ("threads", "log_every", "save_every", "keep", "device")  # may change from one start to the next
 
@@ -72,6 +75,22 @@ class Journal:
             partial.write_text("".join(kept))
 
 
+@contextmanager
+def sole_owner(folder: Path) -> Iterator[None]:
+    """Holds `folder` for this process: two that write one run spoil it. Raises UsageError where another holds it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / _LOCK)
+    try:
+        lock.acquire(blocking=False)  # the system frees it when its holder dies, however it dies
+    except Timeout:
+        hint = "wait for it, or choose another `--out`"
+        raise UsageError(f"another process is writing to `{folder}`", hint=hint) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def refuse_others(folder: Path, own: str | None) -> None:
     """Raises UsageError where `folder` holds what another command made. `own`: the file that marks one's own."""
     for mark, what in _MARKS.items():
@@ -99,7 +118,7 @@ def note_settings(folder: Path, stage: str, preset: str, config: StageConfig, in
             default=str,
         )
     )
-    if not path.exists() or list(folder.iterdir()) == [path]:  # nothing done yet
+    if not path.exists() or {each.name for each in folder.iterdir()} <= {SETTINGS, _LOCK}:  # nothing done yet
         folder.mkdir(parents=True, exist_ok=True)
         with atomic_file(path) as partial:
             partial.write_text(json.dumps(described, indent=1) + "\n")

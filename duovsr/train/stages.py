@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from duovsr.train.cache import cache_latents
 from duovsr.train.data import LATENTS, PAIRS, PAIRS_RECORD, LatentPool, PairPool, Pool
 from duovsr.train.distributed import first_alone, joined
 from duovsr.train.encode_prompt import PromptConfig, encode_prompt
-from duovsr.train.journal import SETTINGS, note_settings, refuse_others
+from duovsr.train.journal import SETTINGS, note_settings, refuse_others, sole_owner
 from duovsr.train.loop import Run
 from duovsr.train.options import (
     RECIPES,
@@ -146,7 +147,8 @@ def run_job(job: Job, config: Any) -> None:
     marks = {"pool": POOL_RECORD, "export": MODEL_RECORD, "recipe": None, "tune": None, "encode-prompt": None}
     refuse_others(job.out, marks.get(job.stage, SETTINGS))
     if job.stage == "pool":
-        build_pool(list(job.data), job.out, config)
+        with sole_owner(job.out):
+            build_pool(list(job.data), job.out, config)
     elif job.stage == "encode-prompt":
         assert job.init is not None
         encode_prompt(job.init, job.out, PRESETS["1.3b"].transformer, config)
@@ -169,8 +171,9 @@ def _run_stage(job: Job, config: StageConfig) -> None:
     init = None if job.init is None else load_weights(job.init)
     inputs = Inputs(PRESETS[job.preset_name], data, held_out, init, job.init or Path())
     train = _TRAINERS[job.stage][1]
-    with joined(config.device) as world:
+    with joined(config.device) as world, ExitStack() as owned:
         if world.first:
+            owned.enter_context(sole_owner(job.out))
             note_settings(job.out, job.stage, job.preset_name, config, _named(job))
         run = Run(job.out, config, world)
         if job.stage not in _FIRST_RANK_ONLY:
@@ -221,7 +224,7 @@ def _tune(job: Job, config: TuneConfig) -> None:
     _check_weights(init, preset)  # all that can be refused is, before the pool takes its time
     _held_out(job, config)
     pool, run = job.out / "pool", job.out / "refine"
-    with joined(config.device):  # which refuses one that is not there
+    with joined(config.device), sole_owner(pool):  # the first refuses a device that is not there
         build_pool(list(job.data), pool, config.windows())
     _run_stage(replace(job, stage="refine", data=(pool,), init=init, out=run), config)
     export(run, job.out / "model", job.preset_name, ExportConfig())
