@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+
 EXIT_OK = 0
 EXIT_WARNINGS = 1
 
@@ -38,6 +40,11 @@ class InputError(DuovsrError):
 
 class NoSpaceError(DuovsrError):
     """The target's disk is full, or would be: nothing else can be written there either."""
+
+
+def says_no_space(error: BaseException) -> bool:
+    """Whether the system refused to write for want of space or quota."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 class OutOfMemoryError(DuovsrError):

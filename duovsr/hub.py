@@ -6,7 +6,6 @@ whose `refs/` records the commit that a tag stood for when it was pulled: it sta
 
 from __future__ import annotations
 
-import errno
 import re
 import shutil
 from collections.abc import Iterator
@@ -19,7 +18,7 @@ from urllib.parse import urlsplit
 
 from filelock import FileLock
 
-from duovsr.errors import InputError, NoSpaceError, UsageError
+from duovsr.errors import InputError, NoSpaceError, UsageError, says_no_space
 from duovsr.options import PRESETS
 from duovsr.repository import CONFIG, EMBEDDED, FILES, MANIFEST, Model, shipped_models
 
@@ -251,7 +250,7 @@ def _hub_errors(reference: Reference) -> Iterator[None]:
         if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
             hint = f"a repository has {', '.join((MANIFEST, CONFIG, *FILES))}: see `duovsr models export`"
             raise InputError(f"not a model of duovsr, a file is missing: `{reference}`", hint=hint) from error
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if says_no_space(error):
             raise NoSpaceError(f"no space for model `{reference}` in `{constants.HF_HUB_CACHE}`") from error
         if constants.HF_HUB_OFFLINE:
             raise InputError(f"model not fetched, and HF_HUB_OFFLINE is set: `{reference}`") from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +11,7 @@ import typer
 
 from duovsr.cli.show import fail, show
 from duovsr.cli.signals import Terminated, exit_code_of
-from duovsr.errors import DuovsrError, InputError, NoSpaceError, OutOfMemoryError, UsageError
+from duovsr.errors import DuovsrError, InputError, NoSpaceError, OutOfMemoryError, UsageError, says_no_space
 
 
 def train(
@@ -79,13 +78,13 @@ def _told(out: Path, inputs: list[Path]) -> Iterator[None]:
         if not is_out_of_memory(error):
             raise
         reason = " ".join(str(error).split())[:160]
-        hint = "set a larger `accumulate`, or a smaller `batch`, `crop` or `frames`"
+        hint = "set smaller windows (`crop`, `side`, `frames`), or a smaller `batch` or a larger `accumulate`"
         raise OutOfMemoryError(f"out of memory: {reason}", hint=hint) from error
 
 
 def _disk_error(error: OSError, path: Path, inputs: list[Path]) -> DuovsrError:
     reason = error.strerror or str(error)
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if says_no_space(error):
         return NoSpaceError(f"no space left to write `{path}`", hint="free some space; the same command goes on")
     if any(path.is_relative_to(folder) for folder in inputs):
         return InputError(f"cannot read `{path}`: {reason}", hint="see its permissions and its disk")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -11,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from duovsr.errors import DuovsrError, NoSpaceError, UsageError
+from duovsr.errors import DuovsrError, NoSpaceError, UsageError, says_no_space
 from duovsr.options import PIPE, UpscaleOptions
 from duovsr.video.images import image_files, is_pattern, is_sequence, numbered_name
 
@@ -166,7 +165,7 @@ def disk_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if says_no_space(error):
             hint = "free some space, or write to another disk"
             raise NoSpaceError(f"no space left in `{path.parent}`", hint=hint) from error
         raise DuovsrError(f"cannot write in `{path.parent}`: {error.strerror}") from error
