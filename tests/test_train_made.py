@@ -16,7 +16,9 @@ from duovsr.metrics.meter import Unmeasurable
 from duovsr.train import cache, stage3
 from duovsr.train.data import LatentPool, PairPool
 from duovsr.train.draws import Draws
+from duovsr.train.options import ExportConfig
 from duovsr.train.roles import EncodedFrames
+from duovsr.train.stages import Job, run_job
 from tests.conftest import files, run_stage
 
 pytestmark = pytest.mark.usefixtures("small_preset")
@@ -152,3 +154,13 @@ def test_a_student_without_pairs_is_an_error(
     with pytest.raises(TrainError, match="none of 24 clips gave a pair: the rankers see no difference"):
         run_stage("prefs", tmp_path, *CLIPS, data=(training_pool,), init=base)
     assert not (tmp_path / "pairs.json").exists()
+
+
+def test_latents_of_another_autoencoder_are_refused(training_pool: Path, base: Path, tmp_path: Path) -> None:
+    latents = run_stage("latents", tmp_path / "latents", "samples=2", data=(training_pool,), init=base)
+    other = run_stage("vae", tmp_path / "other", "seed=1", data=(training_pool,))
+    with pytest.raises(UsageError, match="latents of another autoencoder"):
+        run_stage("base", tmp_path / "refused", data=(latents,), init=other)
+    exported = tmp_path / "exported"
+    run_job(Job("export", exported, init=base), ExportConfig())
+    run_stage("cfg", tmp_path / "cfg", data=(latents,), init=exported)

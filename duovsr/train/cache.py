@@ -9,11 +9,11 @@ import torch
 from numpy.lib.format import open_memmap
 from tqdm import tqdm
 
-from duovsr.train.data import LATENTS, SHARPNESS, new_array
+from duovsr.train.data import ENCODED_BY, LATENTS, SHARPNESS, new_array
 from duovsr.train.draws import Draws
 from duovsr.train.loop import Run
 from duovsr.train.options import LatentsConfig
-from duovsr.train.roles import EncodedFrames, Inputs
+from duovsr.train.roles import EncodedFrames, Inputs, digest
 from duovsr.weights import atomic_file
 
 _PARTIAL = "sharpness.partial.npy"  # of the rows that are on the disk
@@ -21,7 +21,8 @@ _SAVE_EVERY = 64  # rows
 
 
 def cache_latents(run: Run, config: LatentsConfig, inputs: Inputs) -> None:
-    """Write `latents.npy` (samples, 2, C, T, h, w) float16, HQ then LQ, of random crops; `sharpness.npy` last.
+    """Write `latents.npy` (samples, 2, C, T, h, w) float16, HQ then LQ, of random crops, and the
+    autoencoder's digest; `sharpness.npy` last.
 
     The same call resumes. A row is a function of the seed and its number, whatever was interrupted.
     """
@@ -29,7 +30,9 @@ def cache_latents(run: Run, config: LatentsConfig, inputs: Inputs) -> None:
     if (run.out / SHARPNESS).is_file():
         return
     partial = run.out / _PARTIAL
-    source = EncodedFrames(inputs.frames(config), inputs.autoencoder(run), run)
+    vae = inputs.autoencoder(run)
+    source = EncodedFrames(inputs.frames(config), vae, run)
+    (run.out / ENCODED_BY).write_text(digest(vae))
     sharpness = np.zeros(config.samples, np.float32)
     done = np.load(partial) if partial.is_file() else sharpness[:0]
     sharpness[: len(done)] = done

@@ -26,7 +26,7 @@ from duovsr.train.degradation_batched import degrade_batch
 from duovsr.train.draws import Draws
 from duovsr.video.output import check_space
 
-LATENTS, SHARPNESS = "latents.npy", "sharpness.npy"
+LATENTS, SHARPNESS, ENCODED_BY = "latents.npy", "sharpness.npy", "autoencoder.sha256"
 PAIRS, PAIRS_RECORD = "pairs.npy", "pairs.json"
 
 
@@ -144,8 +144,10 @@ class LatentPool:
     def __init__(self, folder: Path) -> None:
         if not (folder / SHARPNESS).is_file():  # written last
             raise InputError(f"no finished latents in `{folder}`", hint="make them with `duovsr train latents`")
+        self.folder = folder
         self.pairs = _array(folder / LATENTS)
         self.sharpness = _array(folder / SHARPNESS)
+        self.encoded_by = (folder / ENCODED_BY).read_text()
 
     def latents(self, draws: Draws) -> Latents:
         rows = [int(torch.randint(len(self.pairs), (), generator=g)) for g in draws.generators]

@@ -5,6 +5,7 @@ A role is a copy of one class; what is frozen says so where it is made.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
@@ -98,7 +99,11 @@ class Inputs:
         return frozen(fill(vae, self.weights("vae"), self.preset)).to(run.device)
 
     def latents(self, run: Run, vae: Autoencoder) -> LatentSource:
+        """Raises UsageError where cached latents are another autoencoder's than `vae`."""
         if isinstance(self.data, LatentPool):
+            if self.data.encoded_by != digest(vae):
+                hint = "cache them anew from this `--init`, or give the one they were made from"
+                raise UsageError(f"latents of another autoencoder: `{self.data.folder}`", hint=hint)
             return self.data
         return EncodedFrames(self.frames(run.config), vae, run)
 
@@ -130,6 +135,14 @@ def fill(module: Module, weights: Mapping[str, Tensor], preset: Preset, *, assig
             hint="give `--preset` as the run had it",
         ) from error
     return module
+
+
+def digest(module: nn.Module) -> str:
+    """sha256 of a module's weights in bfloat16: the same of a run and of the model exported from it."""
+    sha256 = hashlib.sha256()
+    for value in module.state_dict().values():
+        sha256.update(value.detach().cpu().bfloat16().contiguous().view(torch.int16).numpy().tobytes())
+    return sha256.hexdigest()
 
 
 def frozen(module: Module) -> Module:
