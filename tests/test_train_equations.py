@@ -16,7 +16,7 @@ from duovsr.model import flow
 from duovsr.train.draws import Draws
 from duovsr.train.loop import Metrics, Run
 from duovsr.train.options import DualConfig, StageConfig
-from duovsr.train.rfs_gan import ScorePair
+from duovsr.train.rfs_gan import ScorePair, feature_channels
 from duovsr.train.roles import guided_velocity, ode_solution
 from duovsr.train.runs import load_weights
 from duovsr.train.stage1 import grid_point, two_teacher_steps
@@ -129,7 +129,7 @@ def test_features_come_from_the_passes_that_give_the_scores(guidance: float) -> 
         v_real, v_fake, features = scores(noisy, sigma, z_lq, guidance)
         for i, feature in enumerate(features):
             assert_close(feature, torch.cat([seen[name][i] for name in names], 1))
-            assert feature.shape[1] == scores.channels(toy.PRESET.transformer.dim)
+            assert feature.shape[1] == feature_channels(toy.PRESET.transformer.dim, used)
         for kept in seen.values():
             kept.clear()
         assert_close(v_fake, models["fake"](noisy, z_lq, sigma))

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from duovsr.model.transformer import Transformer
 from duovsr.options import PRESETS
 from duovsr.train.memory import activation_bytes, describe, forward_flops, plan
-from duovsr.train.options import RECIPES, BaseConfig
+from duovsr.train.options import RECIPES, BaseConfig, DualConfig
 from duovsr.train.stages import Job, resolve
 from tests.conftest import SMALL
 
@@ -31,6 +31,14 @@ def test_the_dual_stage_of_the_paper_fits_eight_devices() -> None:
     assert alone["weights_gradients_optimizer_ema"] == pytest.approx(
         8 * memory["weights_gradients_optimizer_ema"], rel=0.01
     )
+
+
+def test_heads_are_planned_as_wide_as_they_will_be() -> None:
+    counts = [
+        plan("dual", PRESETS["tiny"], config, devices=1)["parameters"]["heads"]
+        for config in (DualConfig(), DualConfig(features="real"), DualConfig(head_width=64))
+    ]
+    assert counts[0] > counts[1] > counts[2]
 
 
 @pytest.mark.parametrize("preset", ["tiny", "1.3b"])

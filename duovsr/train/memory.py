@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from duovsr.model.transformer import Transformer
 from duovsr.options import PRESETS, Preset, TransformerConfig
 from duovsr.train.options import DualConfig, LatentsConfig, PrefsConfig, ProgressiveConfig, StageConfig
-from duovsr.train.rfs_gan import Heads
+from duovsr.train.rfs_gan import Heads, feature_channels
 from duovsr.train.roles import DiffusionModel
 from duovsr.train.stages import Job
 
@@ -75,7 +75,7 @@ def plan(stage: str, preset: Preset, config: StageConfig, devices: int) -> dict[
         return planned
     with torch.device("meta"):
         model = DiffusionModel(preset)
-        heads = Heads(2 * preset.transformer.dim, 256, 3) if stage == "dual" else nn.Identity()
+        heads = _heads(preset, config) if isinstance(config, DualConfig) else nn.Identity()
     size, head_size = (sum(p.numel() for p in module.parameters()) for module in (model, heads))
     block = sum(p.numel() for p in model.transformer.blocks[0].parameters())
     weights = roles.trained * size * _TRAINED_BYTES + roles.frozen * size * _FROZEN_BYTES + head_size * _TRAINED_BYTES
@@ -97,6 +97,10 @@ def plan(stage: str, preset: Preset, config: StageConfig, devices: int) -> dict[
             "not_counted": "the autoencoder's work, the allocator's gaps",
         },
     }
+
+
+def _heads(preset: Preset, config: DualConfig) -> Heads:
+    return Heads(feature_channels(preset.transformer.dim, config.features), config.head_width, taps=3)
 
 
 def tokens(stage: StageConfig) -> tuple[int, int]:

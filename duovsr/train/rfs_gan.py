@@ -16,6 +16,11 @@ def tapped_blocks(depth: int) -> tuple[int, ...]:
     return tuple(max(1, round(fraction * depth)) - 1 for fraction in (0.3, 0.6, 0.9))
 
 
+def feature_channels(dim: int, used: str) -> int:
+    """Of the features of a tap, where models of width `dim` give them: `used` is both, real or fake (Table 5)."""
+    return 2 * dim if used == "both" else dim
+
+
 class ScorePair:
     """The two score models run together; features are taken from the passes that give the scores."""
 
@@ -27,9 +32,6 @@ class ScorePair:
         for name, model in (("real", real), ("fake", fake)):
             for index in tapped_blocks(len(model.transformer.blocks)):
                 model.transformer.blocks[index].register_forward_hook(self._hook(name))
-
-    def channels(self, dim: int) -> int:
-        return 2 * dim if self.used == "both" else dim
 
     def __call__(
         self, noisy: Tensor, sigma: Tensor, z_lq: Tensor, guidance: float = 0.0

@@ -16,7 +16,7 @@ from duovsr.train.draws import Draws
 from duovsr.train.loop import Metrics, Run, Trained, run_loop
 from duovsr.train.losses import hinge_discriminator_loss, hinge_generator_loss
 from duovsr.train.options import DualConfig
-from duovsr.train.rfs_gan import Features, Heads, ScorePair
+from duovsr.train.rfs_gan import Features, Heads, ScorePair, feature_channels
 from duovsr.train.roles import Inputs, diffusion_model, ode_restore, one_step
 from duovsr.train.validation import Validation
 
@@ -58,7 +58,8 @@ class DualStream:
         self.fake_score = place(diffusion_model(preset, score, run, trained=True), world, config.dtype)
         self.real_score = place(diffusion_model(preset, score, run, trained=False), world, config.dtype)
         self.scores = ScorePair(self.real_score, self.fake_score, config.features)
-        self.heads = place(Heads(self.scores.channels(preset.transformer.dim), config.head_width, taps=3), world)
+        channels = feature_channels(preset.transformer.dim, config.features)
+        self.heads = place(Heads(channels, config.head_width, taps=3), world)
         self.student_optimizer = self._adam(self.student, config.learning_rate)
         self.fake_optimizer = self._adam(self.fake_score, config.fake_rate)
         self.head_optimizer = self._adam(self.heads, config.head_rate)
