@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import signal
 from concurrent.futures import Future
@@ -104,9 +105,14 @@ def test_a_recipe_refuses_before_its_first_stage(
 
 def test_what_is_trained_on_is_no_validation(training_pool: Path, tmp_path: Path, small_preset: None) -> None:
     same = training_pool.parent / "." / training_pool.name
-    with pytest.raises(UsageError, match="is both --data and --validation"):
+    with pytest.raises(UsageError, match="is both trained and validated on"):
         run_stage("vae", tmp_path / "run", data=(training_pool,), held_out=(same,))
-    held_out = write_pool(tmp_path / "held_out", samples=2)
+    held_out, pool = (write_pool(tmp_path / name, samples=2) for name in ("held_out", "pool"))
+    for folder, sources in ((pool, ["a", "b"]), (held_out, ["b", "c"])):
+        record = {"config": {"degradation": {}}, "sources": dict.fromkeys(sources, 9.0)}
+        (folder / "pool.json").write_text(json.dumps(record))
+    with pytest.raises(UsageError, match="`b` is both trained and validated on"):
+        run_stage("vae", tmp_path / "run", data=(pool,), held_out=(held_out,))
     run_stage("vae", tmp_path / "run", "steps=1", "validation_samples=2", data=(training_pool,), held_out=(held_out,))
 
 

@@ -66,7 +66,9 @@ class Pool:
         self.hq = [_array(folder / "hq.npy") for folder in folders]
         self.lq = [_array(folder / "lq.npy") if (folder / "lq.npy").is_file() else None for folder in folders]
         self.scale = [_array(folder / "scale.npy") for folder in folders]
-        self.degradation = [_degradation_of(folder) for folder in folders]
+        records = [_record_of(folder) for folder in folders]
+        self.degradation = [degradation for degradation, _ in records]
+        self.sources = frozenset[str]().union(*(sources for _, sources in records))
         self.usable = [(i, int(row)) for i, scale in enumerate(self.scale) for row in np.flatnonzero(scale)]
         if not self.usable:
             raise InputError(f"no usable window in training pool: `{folders[0]}`", hint="see its pool.json")
@@ -201,13 +203,14 @@ def _array(path: Path) -> np.ndarray:
     return array
 
 
-def _degradation_of(folder: Path) -> DegradationConfig:
-    """What a pool's `pool.json` says of its degradation; a live pool goes on with it."""
+def _record_of(folder: Path) -> tuple[DegradationConfig, frozenset[str]]:
+    """What a pool's `pool.json` says of its degradation, which a live pool goes on with, and of its sources."""
     path = folder / "pool.json"
     if not path.is_file():
-        return DegradationConfig()
+        return DegradationConfig(), frozenset()
     try:
-        return _filled(DegradationConfig(), json.loads(path.read_text())["config"]["degradation"])
+        record = json.loads(path.read_text())
+        return _filled(DegradationConfig(), record["config"]["degradation"]), frozenset(record["sources"])
     except _DAMAGED as error:
         raise InputError(f"damaged training data: `{path}`", hint="make it again") from error
 

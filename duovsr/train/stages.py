@@ -167,7 +167,8 @@ def run_job(job: Job, config: Any) -> None:
 def _run_stage(job: Job, config: StageConfig) -> None:
     if config.threads:
         torch.set_num_threads(config.threads)
-    data, held_out = _open(job.data), _held_out(job, config)
+    data = _open(job.data)
+    held_out = _held_out(job, config, data)
     init = None if job.init is None else load_weights(job.init)
     inputs = Inputs(PRESETS[job.preset_name], data, held_out, init, job.init or Path())
     train = _TRAINERS[job.stage][1]
@@ -239,16 +240,18 @@ def _check_weights(init: Path, preset: Preset) -> None:
         fill(module, pick(weights, name, init), preset, assign=True)
 
 
-def _held_out(job: Job, config: StageConfig) -> Pool | None:
+def _held_out(job: Job, config: StageConfig, data: Pool | LatentPool | PairPool | None = None) -> Pool | None:
+    """The pool to validate on. Raises UsageError where it, or a source of it, is trained on."""
     if not job.held_out:
         return None
-    both = {folder.resolve() for folder in job.data} & {folder.resolve() for folder in job.held_out}
-    if both:
-        hint = "make a pool of held-out sources: `duovsr train pool --set validation=true`"
-        raise UsageError(f"`{both.pop()}` is both --data and --validation", hint=hint)
+    hint = "make a pool of held-out sources: `duovsr train pool --set validation=true`"
     pool = _open(job.held_out)
     if not isinstance(pool, Pool):
-        raise UsageError("validation needs a pool of frames", hint="make one with `--set validation=true`")
+        raise UsageError("validation needs a pool of frames", hint=hint)
+    both = {str(folder.resolve()) for folder in job.data} & {str(folder.resolve()) for folder in job.held_out}
+    both |= data.sources & pool.sources if isinstance(data, Pool) else set()
+    if both:
+        raise UsageError(f"`{min(both)}` is both trained and validated on", hint=hint)
     pool.require(config.crop, config.frames)
     return pool
 
