@@ -1,12 +1,13 @@
 """Models on windows of held-out sources, to choose by: never the evaluation set.
 
     python -m benchmarks.held_out MODEL ... --pool POOL --niqe NIQE.npz [--share 0.25 0.5] [--strength 0 0.5]
+        [--frames 21]
 
 MODEL is a model folder or a run of `duovsr train`; POOL is made by `duovsr train pool --set validation=true`. Each
 `--share` adds a blend of the first two models, so much of the second (as `duovsr train export --set blend=`), each
 `--strength` the first model as `upscale --strength` runs it. Prints a line for each, and for the truth: means over the
 windows. `e_warp` above the truth's is flicker. VMAF is of the offline ranker, on five frames: compare within a table
-only. (Needs OpenCV.)
+only. What goes on getting worse with time shows in long windows alone. (Needs OpenCV.)
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from duovsr.train.runs import Weights, load_weights
 from duovsr.train.validation import Restore
 
 CPU = torch.device("cpu")
-SIDE, FRAMES = 192, 5
+SIDE = 192
 
 
 def blended(first: Weights, second: Weights, share: float) -> Weights:
@@ -63,13 +64,15 @@ def restorer(weights: Weights, pool: Pool, strength: float = 1.0) -> Restore:
 
 
 @torch.no_grad()
-def scores(restore: Restore | None, pool: Pool, rankers: list[Ranker], windows: int) -> dict[str, float]:
+def scores(
+    restore: Restore | None, pool: Pool, rankers: list[Ranker], windows: int, frames: int = 5
+) -> dict[str, float]:
     """Means over the first `windows` of the pool, of the truth where there is no `restore`; what cannot be measured is
     passed over.
     """
     found: dict[str, list[float]] = {name: [] for name in (*(ranker.name for ranker in rankers), "e_warp")}
     for row in range(windows):
-        hq, lq = pool.fixed(range(row, row + 1), SIDE, FRAMES, CPU)
+        hq, lq = pool.fixed(range(row, row + 1), SIDE, frames, CPU)
         draws = Draws.of(range(row, row + 1), seed=0, step=0, part=1, device=CPU)
         output = hq if restore is None else restore(hq, lq, draws).float()
         meter = WarpingMeter(DisFlow())
@@ -96,6 +99,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=28)
     parser.add_argument("--share", type=float, nargs="*", default=[])
     parser.add_argument("--strength", type=float, nargs="*", default=[])
+    parser.add_argument("--frames", type=int, default=5, help="4k + 1, of each window")
     args = parser.parse_args()
     pool = Pool([args.pool])
     rankers = make_rankers(("psnr", "ssim", "vmaf", "detail", "steady", f"niqe:{args.niqe}"), CPU)
@@ -107,7 +111,9 @@ def main() -> None:
     for strength in args.strength:
         restorers[f"strength {strength:g} of the first"] = restorer(candidates[str(args.models[0])], pool, strength)
     for name, restore in {**restorers, "truth": None}.items():
-        line = ", ".join(f"{key} {value:.3f}" for key, value in scores(restore, pool, rankers, args.windows).items())
+        line = ", ".join(
+            f"{key} {value:.3f}" for key, value in scores(restore, pool, rankers, args.windows, args.frames).items()
+        )
         print(f"{name}: {line}", flush=True)
 
 
