@@ -39,6 +39,23 @@ def test_windowed_equals_reference(T: int, H: int, W: int, past: int, shifted: b
     assert_close(attention(q, k, v, window, shifted=shifted), reference(q, k, v, window, shifted))
 
 
+@pytest.mark.parametrize("window", [WindowConfig(4, 4, past=1), WindowConfig(4, 4, past=None), None])
+def test_bfloat16_on_a_cpu_is_close_to_torchs_and_equal_in_any_batch(window: WindowConfig | None) -> None:
+    """There a way of its own is taken where no gradient is wanted."""
+    torch.manual_seed(0)
+    past = 0 if window is None else window.past or 0
+    q = torch.randn(1, 2, 7, 9, 2, 64).bfloat16()
+    k, v = torch.randn(2, 1, 2 + past, 7, 9, 2, 64).bfloat16()
+    exact = attention(q.double(), k.double(), v.double(), window)
+    with torch.no_grad():
+        result = attention(q, k, v, window)
+        batch = attention(*(torch.cat([x, -x, x]) for x in (q, k, v)), window)
+    torchs = attention(q.clone().requires_grad_(), k, v, window)
+    errors, theirs = ((x.detach() - exact).square().mean().sqrt() for x in (result, torchs))
+    assert errors < 2.5 * theirs
+    assert torch.equal(batch[0], result[0]) and torch.equal(batch[2], result[0])
+
+
 def test_window_of_the_whole_frame_equals_full_attention() -> None:
     q, k, v = torch.randn(3, 1, 1, 6, 5, 2, 8)
     assert_close(attention(q, k, v, WindowConfig(6, 5, past=0)), attention(q, k, v))
