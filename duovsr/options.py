@@ -126,6 +126,7 @@ class Preset:
     tiny_vae: TinyVAEConfig | None = None
     shared_noise: float = 0.0
     default_strength: float = 1.0
+    default_color: ColorTransfer = "wavelet"
     learned_prompt: bool = True
 
     def with_vae(self, name: str | None) -> Preset:
@@ -154,6 +155,7 @@ PRESETS: dict[str, Preset] = {
         ),
         vae=TinyVAEConfig(),
         shared_noise=0.8,
+        default_color="none",  # its decoder adds to the LQ: a transfer has nothing to mend, and costs detail and time
     ),
     "1.3b": Preset(
         name="1.3b",
@@ -195,7 +197,7 @@ class UpscaleOptions:
     chunk: int | None = None  # frames a model call
     overlap: int | None = None  # warm-up frames where a chunk cannot take over the state of the one before it
     tile: int | None = None  # output pixels a tile side; None: auto, 0: off
-    color: ColorTransfer = "wavelet"
+    color: ColorTransfer | None = None  # None: the preset's default
     codec: str | None = None
     crf: int | None = None
     pix_fmt: str | None = None
@@ -224,7 +226,7 @@ class UpscaleOptions:
             raise UsageError(f"unsupported chunk: `{self.chunk}`", hint="use a number of frames, 1 or more")
         if self.overlap is not None and self.overlap < 0:
             raise UsageError(f"unsupported overlap: `{self.overlap}`", hint="use a number of frames, 0 or more")
-        if self.color not in COLOR_TRANSFERS:
+        if self.color is not None and self.color not in COLOR_TRANSFERS:
             raise UsageError(f"unsupported color transfer: `{self.color}`", hint="use wavelet, adain or none")
         if self.decoder not in DECODERS:
             raise UsageError(f"unknown decoder: `{self.decoder}`", hint="use software or nvdec")

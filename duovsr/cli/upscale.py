@@ -62,7 +62,10 @@ def upscale(
     attention: Annotated[
         str, typer.Option(help="auto, triton, cudnn, sdpa or xformers. auto: the fastest, as measured.")
     ] = "auto",
-    color: Annotated[str, typer.Option(help="Colour transfer from the source: wavelet, adain or none.")] = "wavelet",
+    color: Annotated[
+        str | None,
+        typer.Option(help="Colour transfer from the source: wavelet, adain or none. Default: the model's own."),
+    ] = None,
     start: Annotated[str | None, typer.Option(help="Where to begin: 90.5, 0:01:30.5, or a frame: 2250f.")] = None,
     end: Annotated[str | None, typer.Option(help="The first time or frame that is not wanted.")] = None,
     fps: Annotated[str | None, typer.Option(help="Frame rate of images: 24 or 24000/1001. Default: 25.")] = None,

@@ -258,11 +258,12 @@ class Upscaler:
         marks("resize")
         hq, next_states = self.restore_lq(lq, chunk.start, states, plan, run.options, marks.ending)
         marks("decode")
+        color = run.options.color or self.model.preset.default_color
         arriving, left = [], len(chunk.frames)
         for part, lq_part in zip(hq.split(TEMPORAL_FACTOR, 2), lq.split(TEMPORAL_FACTOR, 2), strict=True):
             if left <= 0:  # what is left was padding
                 break
-            colored = transfer_color(part, lq_part, run.options.color)  # of a few frames, which bounds its memory
+            colored = transfer_color(part, lq_part, color)  # of a few frames, which bounds its memory
             marks("color")
             arriving.append(run.transfer.download(to_pixels(colored, chunk.frames[0].dtype)[:left]))
             left -= part.shape[2]
