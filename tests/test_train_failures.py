@@ -113,6 +113,9 @@ def test_what_is_trained_on_is_no_validation(training_pool: Path, tmp_path: Path
         (folder / "pool.json").write_text(json.dumps(record))
     with pytest.raises(UsageError, match="`b` is both trained and validated on"):
         run_stage("vae", tmp_path / "run", data=(pool,), held_out=(held_out,))
+    (pool / "pool.json").write_text(json.dumps({"config": {"degradation": {}}, "sources": 2}))
+    with pytest.raises(InputError, match="damaged training data"):
+        run_stage("vae", tmp_path / "run", data=(pool,))
     run_stage("vae", tmp_path / "run", "steps=1", "validation_samples=2", data=(training_pool,), held_out=(held_out,))
 
 

@@ -192,7 +192,7 @@ def new_array(path: Path, shape: tuple[int, ...]) -> np.memmap:
     return open_memmap(path, "w+", np.float16, shape)
 
 
-_DAMAGED = (OSError, ValueError, EOFError, KeyError, BadZipFile)
+_DAMAGED = (OSError, ValueError, EOFError, KeyError, TypeError, BadZipFile)
 
 
 def _array(path: Path) -> np.ndarray:
