@@ -25,7 +25,7 @@ from torch import Tensor
 from duovsr.model.one_step import Autoencoder
 from duovsr.model.tiny_vae import TinyVAE
 from duovsr.options import PRESETS
-from duovsr.train.data import Pool
+from duovsr.train.data import Frames, Pool
 from duovsr.train.distributed import World
 from duovsr.train.draws import Draws
 from duovsr.train.loop import Run
@@ -113,19 +113,19 @@ def bounds(folder: Path, pool: Pool) -> dict[str, Restore]:
     run = Run(Path(), BaseConfig(), World(0, 1, CPU))
     vae = Inputs(PRESET, pool, None, load_weights(folder), folder).autoencoder(run)
 
-    def without(hq: Tensor, lq: Tensor, draws: Draws) -> Tensor:
-        return decode_with(vae, None, lq, run)
+    def without(frames: Frames, draws: Draws) -> Tensor:
+        return decode_with(vae, None, frames, run)
 
-    def with_true(hq: Tensor, lq: Tensor, draws: Draws) -> Tensor:
-        return decode_with(vae, encode(vae, hq, run), lq, run)
+    def with_true(frames: Frames, draws: Draws) -> Tensor:
+        return decode_with(vae, encode(vae, frames.hq, run), frames, run)
 
-    return {"LQ": lambda hq, lq, draws: lq, "no latents": without, "the truth's latents": with_true}
+    return {"LQ": lambda frames, draws: frames.lq, "no latents": without, "the truth's latents": with_true}
 
 
-def decode_with(vae: Autoencoder, latents: Tensor | None, lq: Tensor, run: Run) -> Tensor:
+def decode_with(vae: Autoencoder, latents: Tensor | None, frames: Frames, run: Run) -> Tensor:
     assert isinstance(vae, TinyVAE)
     with run.autocast():
-        return vae.decode(latents, lq)[0]
+        return vae.decode(latents, frames.lq, scale=frames.scale)[0]
 
 
 def main() -> None:

@@ -24,7 +24,7 @@ from duovsr.metrics.meter import Unmeasurable
 from duovsr.metrics.warping import DisFlow, WarpingMeter
 from duovsr.model.tiny_vae import TinyVAE
 from duovsr.options import PRESETS
-from duovsr.train.data import Pool
+from duovsr.train.data import Frames, Pool
 from duovsr.train.distributed import World
 from duovsr.train.draws import Draws
 from duovsr.train.loop import Run
@@ -55,10 +55,10 @@ def restorer(weights: Weights, pool: Pool, strength: float = 1.0) -> Restore:
         return full
     assert isinstance(vae, TinyVAE)
 
-    def restore(hq: torch.Tensor, lq: torch.Tensor, draws: Draws) -> torch.Tensor:
+    def restore(frames: Frames, draws: Draws) -> torch.Tensor:
         with run.autocast():
-            plain, _ = vae.decode(None, lq)
-        return torch.lerp(plain.float(), full(hq, lq, draws).float(), strength)
+            plain, _ = vae.decode(None, frames.lq, scale=frames.scale)
+        return torch.lerp(plain.float(), full(frames, draws).float(), strength)
 
     return restore
 
@@ -72,17 +72,17 @@ def scores(
     """
     found: dict[str, list[float]] = {name: [] for name in (*(ranker.name for ranker in rankers), "e_warp")}
     for row in range(windows):
-        hq, lq = pool.fixed(range(row, row + 1), SIDE, frames, CPU)
+        window = pool.fixed(range(row, row + 1), SIDE, frames, CPU)
         draws = Draws.of(range(row, row + 1), seed=0, step=0, part=1, device=CPU)
-        output = hq if restore is None else restore(hq, lq, draws).float()
+        output = window.hq if restore is None else restore(window, draws).float()
         meter = WarpingMeter(DisFlow())
-        for frame, truth in zip(_pixels(output), _pixels(hq), strict=True):
+        for frame, truth in zip(_pixels(output), _pixels(window.hq), strict=True):
             meter.update(frame, truth)
         with suppress(Unmeasurable):
             found["e_warp"].append(meter.mean())
         for ranker in rankers:
             with suppress(Unmeasurable):
-                found[ranker.name].append(ranker(output, hq))
+                found[ranker.name].append(ranker(output, window.hq))
     return {name: fmean(values) for name, values in found.items() if values}
 
 

@@ -66,11 +66,13 @@ def training_pool(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def random_model() -> OneStepModel:
-    """A random model whose output depends on everything: its zero-initialised head is filled."""
+    """A random model whose output depends on everything: what is zero at first is filled."""
     torch.manual_seed(0)
     assert SMALL.vae is not None
     transformer, vae, prompt = Transformer(SMALL.transformer), TinyVAE(SMALL.vae), Prompt(SMALL.transformer)
     torch.nn.init.normal_(transformer.head.head.weight, std=0.1)
+    for told in (vae.decoder.scale_8, vae.decoder.scale_4):
+        torch.nn.init.normal_(told.weight, std=0.01)
     for module in (transformer, vae, prompt):
         module.requires_grad_(False).eval()
     return OneStepModel(SMALL, transformer, channels_last(vae), prompt.positive[None], digest="random")

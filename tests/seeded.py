@@ -19,6 +19,8 @@ def fill(module: nn.Module) -> None:
         values = normal(seed, *parameter.shape)
         if "norm" in name or name.endswith("gamma"):
             values = values * 0.1 + (0 if name.endswith("bias") else 1)
+        elif "scale_" in name:  # of large inputs
+            values *= 0.01
         elif name.endswith("weight"):
             values /= math.sqrt(parameter[0].numel())
         else:

@@ -44,6 +44,7 @@ def test_target_is_scale_times_source_rounded_half_up(
 ) -> None:
     planned = plan(*source, UpscaleOptions(scale=scale))
     assert planned.target_size == target
+    assert planned.scale == pytest.approx(scale, rel=0.05)
     assert all(p % 16 == 0 and 0 <= p - t < 16 for p, t in zip(planned.padded_size, target, strict=True))
 
 
@@ -63,6 +64,10 @@ def test_tiles_cover_the_frame_and_overlap(width: int, height: int, side: int) -
     columns = sorted({(tile.x, tile.width) for tile in tiles})
     for (x, w), (following, _) in pairwise(columns):
         assert x + w - following >= TILE_OVERLAP
+
+
+def test_the_scale_of_a_stretched_picture_is_the_mean_of_its_sides() -> None:
+    assert plan(100, 80, UpscaleOptions(size=(400, 80))).scale == 2
 
 
 def test_less_memory_means_shorter_chunks_then_smaller_tiles() -> None:

@@ -132,6 +132,21 @@ def test_strength_zero_is_the_faithful_decode(small_upscaler: Upscaler) -> None:
     assert_close(outputs[2][inner], ((outputs[0] + outputs[3]) / 2)[inner], rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("strength", [0.0, 0.5])
+def test_the_model_is_told_the_scale(
+    small_upscaler: Upscaler, strength: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decode, told = OneStepModel.decode, []
+
+    def noted(self: OneStepModel, z: object, lq: object, state: object = None, scale: float = 0.0) -> object:
+        told.append(scale)
+        return decode(self, z, lq, state, scale)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(OneStepModel, "decode", noted)
+    list(small_upscaler.stream(moving(9, 64, 48), UpscaleOptions(scale=1.5, strength=strength, chunk=4)))
+    assert set(told) == {1.5} and len(told) > 1
+
+
 def limited_memory(model: OneStepModel, most: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Let the model fail as torch's CPU allocator does for calls of more than `most` frames; returns the calls."""
     restore, calls = OneStepModel.restore, []

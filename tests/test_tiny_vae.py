@@ -33,14 +33,43 @@ def clip(frames: int) -> torch.Tensor:
 def test_a_scene_starts_as_if_its_first_frame_had_stood_still(small_model: OneStepModel) -> None:
     vae, frames = small_model.vae, clip(5)
     assert isinstance(vae, TinyVAE)
-    held = torch.cat([frames[:, :, :1]] * 3 + [frames], dim=2).transpose(1, 2)
+    held, scale = torch.cat([frames[:, :, :1]] * 3 + [frames], dim=2).transpose(1, 2), torch.tensor([2.0])
     with patch.object(tiny_vae, "_whole_steps", side_effect=lambda x, memory: x):
         latents, memory = vae.encoder(held, None)
-        expected, memories = vae.decoder(latents, held, None)
+        expected, memories = vae.decoder(latents, held, None, scale)
     short, short_memory = vae.encoder(frames.transpose(1, 2), None)
-    result, short_memories = vae.decoder(latents, frames.transpose(1, 2), None)
+    result, short_memories = vae.decoder(latents, frames.transpose(1, 2), None, scale)
     assert_close((short, short_memory), (latents, memory), rtol=0, atol=1e-5)
     assert_close((result, short_memories), (expected[:, 3:], memories), rtol=0, atol=1e-5)
+
+
+@torch.inference_mode()
+def test_the_decoder_is_told_by_how_much_its_frames_were_enlarged(model: OneStepModel) -> None:
+    vae, frames = model.vae, clip(5)
+    assert isinstance(vae, TinyVAE)
+    latents, _ = vae.encode(frames)
+    untold = vae.decode(latents, frames)[0]
+    results = {scale: vae.decode(latents, frames, scale=scale)[0] for scale in (1.0, 1.5, 2.0, 3.9, 4.0, 5.0)}
+    assert torch.equal(results[4.0], untold) and torch.equal(results[5.0], untold)
+    assert torch.equal(results[1.0], results[1.5]) and not torch.equal(results[1.5], results[2.0])
+    assert 0 < (results[3.9] - untold).abs().max() < 0.1 * (results[2.0] - untold).abs().max()
+    batch = vae.decode(latents.repeat(2, 1, 1, 1, 1), frames.repeat(2, 1, 1, 1, 1), scale=torch.tensor([4.0, 2.0]))[0]
+    assert_close(batch, torch.cat([untold, results[2.0]]), rtol=0, atol=1e-6)
+
+
+def test_weights_from_before_the_scale_was_told_are_taken(model: OneStepModel) -> None:
+    vae = model.vae
+    assert isinstance(vae, TinyVAE)
+    vae.decoder.scale_8.weight.data.fill_(1)
+    before = {name: value for name, value in vae.state_dict().items() if ".scale_" not in name}
+    vae.load_state_dict(before)
+    assert not vae.decoder.scale_8.weight.any()
+    with torch.device("meta"):
+        empty = TinyVAE(model.preset.vae)  # type: ignore[arg-type]
+    empty.load_state_dict(before, assign=True)
+    assert not any(value.is_meta for value in empty.state_dict().values())
+    with pytest.raises(RuntimeError, match="Missing key"):
+        vae.load_state_dict({})
 
 
 @needs_int8

@@ -81,12 +81,13 @@ def test_noise_in_training_has_the_statistics_of_inference() -> None:
 @pytest.mark.parametrize("live", [False, True])
 def test_batches_repeat_and_show_the_same_place(tmp_path: Path, live: bool) -> None:
     pool = Pool([write_pool(tmp_path, live=live)])
-    hq, lq = pool.frames(draws(0, 1, 2, 3), 32, 5)
+    hq, lq, _ = pool.frames(draws(0, 1, 2, 3), 32, 5)
     assert hq.shape == lq.shape == (4, 3, 5, 32, 32)
     assert -1 <= hq.min() < hq.max() <= 1
     assert torch.equal(lq, pool.frames(draws(0, 1, 2, 3), 32, 5)[1])
     assert torch.equal(hq[2:3], pool.frames(draws(2), 32, 5)[0])
     assert not torch.equal(hq, pool.frames(draws(0, 1, 2, 3, step=1), 32, 5)[0])
+    assert pool.fixed(range(4), 32, 5, torch.device("cpu")).scale.tolist() == [4, 2, 4, 2]
     smooth = torch.nn.functional.avg_pool3d
     assert (smooth(hq, (1, 16, 16)) - smooth(lq, (1, 16, 16))).abs().mean() < 0.1
 
@@ -99,7 +100,7 @@ def test_a_pool_must_be_finished_and_large_enough(training_pool: Path, tmp_path:
 
 
 def test_sharpness_is_that_of_the_sources(training_pool: Path) -> None:
-    hq, _ = Pool([training_pool]).frames(draws(0), 64, 1)
+    hq, _, _ = Pool([training_pool]).frames(draws(0), 64, 1)
     pixels = (hq[0, :, 0] + 1) / 2 * 255
     assert sharpness(hq).item() == pytest.approx(exact_sharpness(pixels.round().byte()), rel=0.05)
 

@@ -75,8 +75,8 @@ def test_clips_are_restored_by_the_three_parts(upscaler: Upscaler) -> None:
     model, lq = upscaler.model, lq_frames(moving(13))
     assert isinstance(model.vae, TinyVAE) and not model.preset.transformer.streams
     z_0, _ = model.generate(model.encode(lq)[0], 3, (0, 0, 0))
-    full, faithful = model.decode(z_0, lq)[0], model.decode(None, lq)[0]
     plan = upscaler.plan(32, 24, PLAIN)
+    full, faithful = (model.decode(z, lq, scale=plan.scale)[0] for z in (z_0, None))
     for strength, expected in ((1.0, full), (0.0, faithful), (0.5, (full + faithful) / 2)):
         for latents in (1, 2, 4):
             pieces = replace(plan, vae_latents=latents)

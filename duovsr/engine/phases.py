@@ -39,15 +39,15 @@ def restore_clip(
     tiles = plan_tiles(width, height, plan.vae_tile, VAE_TILE_OVERLAP)
     if strength == 0:
         with lent(model.vae, model.device):
-            return _decode(model, None, lq, tiles, plan.vae_latents)
+            return _decode(model, None, lq, tiles, plan)
     with lent(model.vae, model.device):
         z_lq = _encode(model, lq, tiles, plan.vae_latents)
     with lent(model.transformer, model.device):
         z_0, _ = model.generate(z_lq, seed, (origin[0], origin[1] // SPATIAL_FACTOR, origin[2] // SPATIAL_FACTOR))
     with lent(model.vae, model.device):
-        frames = _decode(model, z_0, lq, tiles, plan.vae_latents)
+        frames = _decode(model, z_0, lq, tiles, plan)
         if strength < 1:
-            frames = torch.lerp(_decode(model, None, lq, tiles, plan.vae_latents), frames, strength)
+            frames = torch.lerp(_decode(model, None, lq, tiles, plan), frames, strength)
     return frames
 
 
@@ -66,22 +66,22 @@ def _encode_tile(model: OneStepModel, lq: Tensor, latents: int) -> Tensor:
     return torch.cat(parts, dim=2)
 
 
-def _decode(model: OneStepModel, z: Tensor | None, lq: Tensor, tiles: tuple[Tile, ...], latents: int) -> Tensor:
+def _decode(model: OneStepModel, z: Tensor | None, lq: Tensor, tiles: tuple[Tile, ...], plan: Plan) -> Tensor:
     """`z` None: the faithful frames."""
     parts = (
-        _decode_tile(model, None if z is None else _region(z, tile.reduced(SPATIAL_FACTOR)), _region(lq, tile), latents)
+        _decode_tile(model, None if z is None else _region(z, tile.reduced(SPATIAL_FACTOR)), _region(lq, tile), plan)
         for tile in tiles
     )
     return blend_tiles(parts, tiles, lq.shape[4], lq.shape[3], VAE_TILE_OVERLAP)
 
 
-def _decode_tile(model: OneStepModel, z: Tensor | None, lq: Tensor, latents: int) -> Tensor:
-    calls = _calls(lq.shape[2], latents)
+def _decode_tile(model: OneStepModel, z: Tensor | None, lq: Tensor, plan: Plan) -> Tensor:
+    calls = _calls(lq.shape[2], plan.vae_latents)
     if len(calls) == 1:
-        return model.decode(z, lq)[0]
+        return model.decode(z, lq, scale=plan.scale)[0]
     state, result = None, torch.empty_like(lq)
     for steps, frames in calls:
-        part, state = model.decode(None if z is None else z[:, :, steps], lq[:, :, frames], state)
+        part, state = model.decode(None if z is None else z[:, :, steps], lq[:, :, frames], state, plan.scale)
         result[:, :, frames] = part
     return result
 

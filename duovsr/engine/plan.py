@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -97,6 +98,12 @@ class Plan:
     vae_latents: int = 0  # of a call of the autoencoder, of a model that does not stream; 0: the whole clip
     vae_frames: int = 0  # that Wan2.1's autoencoder works on at a time at full size; 0: all of a call
     offload: bool = False  # the transformer and the autoencoder take turns on the device
+
+    @property
+    def scale(self) -> float:
+        """By how much a picture grows, along a side; the mean where the two differ."""
+        (width, height), (new_width, new_height) = self.source_size, self.target_size
+        return math.sqrt(new_width * new_height / (width * height))
 
     @property
     def independent(self) -> bool:

@@ -182,6 +182,8 @@ class WatchedModel(OneStepModel):
         with self.watch("transformer"):
             return super().generate(z_lq, seed, place, state)
 
-    def decode(self, latents: Tensor | None, lq: Tensor, state: VAEState | None = None) -> tuple[Tensor, VAEState]:
+    def decode(
+        self, latents: Tensor | None, lq: Tensor, state: VAEState | None = None, scale: float = 4.0
+    ) -> tuple[Tensor, VAEState]:
         with self.watch("decode"):
-            return super().decode(latents, lq, state)
+            return super().decode(latents, lq, state, scale)

@@ -296,7 +296,9 @@ class Upscaler:
                 region = padded[..., tile.y : tile.y + tile.height, tile.x : tile.x + tile.width]
                 origin = (start // TEMPORAL_FACTOR, tile.y, tile.x)
                 if model.preset.transformer.streams:
-                    part, state = model.restore(region, state, seed=options.seed, strength=strength, origin=origin)
+                    part, state = model.restore(
+                        region, state, seed=options.seed, strength=strength, origin=origin, scale=plan.scale
+                    )
                 else:
                     part = restore_clip(model, region, plan, seed=options.seed, strength=strength, origin=origin)
                 next_states.append(state)

@@ -23,7 +23,8 @@ from duovsr.model.transformer import Block, CrossAttention, SelfAttention
 
 _ROOM = 1.5  # grids reach so far beyond what the pictures give
 _FRAMES = Grid.over(-1.1, 1.1)  # with what resizing overshoots
-_SIDE, _PICTURES = 96, 4
+_SIDE = 96
+_SCALES = (4.0, 4.0, 1.5, 1.5)  # by which each picture is said to be enlarged
 
 
 class Int8MemoryBlock(nn.Module):
@@ -146,19 +147,19 @@ def _inputs(model: OneStepModel, modules: list[nn.Module]) -> dict[nn.Module, Te
         seen[module].append(inputs[0])
 
     hooks = [module.register_forward_pre_hook(note) for module in modules]
-    for seed, picture in enumerate(_pictures().split(1)):
-        model.restore(picture, None, seed=seed)
+    for seed, (picture, scale) in enumerate(zip(_pictures(len(_SCALES)).split(1), _SCALES, strict=True)):
+        model.restore(picture, None, seed=seed, scale=scale)
     for hook in hooks:
         hook.remove()
     return {module: torch.cat(parts) for module, parts in seen.items()}
 
 
-def _pictures() -> Tensor:
-    """(pictures, 3, 1, side, side) in [-1, 1]: noise of every scale, by turns in hard squares and in soft spots."""
+def _pictures(count: int) -> Tensor:
+    """(count, 3, 1, side, side) in [-1, 1]: noise of every scale, by turns in hard squares and in soft spots."""
     generator = torch.Generator().manual_seed(0)
-    pictures, size = torch.zeros(_PICTURES, 3, _SIDE, _SIDE), 2
+    pictures, size = torch.zeros(count, 3, _SIDE, _SIDE), 2
     while size <= _SIDE:
-        noise = 0.4 * torch.randn(_PICTURES, 3, size, size, generator=generator)
+        noise = 0.4 * torch.randn(count, 3, size, size, generator=generator)
         pictures[::2] += F.interpolate(noise[::2], (_SIDE, _SIDE), mode="nearest")
         pictures[1::2] += F.interpolate(noise[1::2], (_SIDE, _SIDE), mode="bilinear")
         size *= 2

@@ -99,13 +99,15 @@ class OneStepModel:
         velocity, state = self.transformer(eps, z_lq, timestep, self.prompt, state)
         return eps - velocity, state
 
-    def decode(self, latents: Tensor | None, lq: Tensor, state: VAEState | None = None) -> tuple[Tensor, VAEState]:
-        """Frames like `lq`, not clamped; with `latents` None the faithful ones.
+    def decode(
+        self, latents: Tensor | None, lq: Tensor, state: VAEState | None = None, scale: float = 4.0
+    ) -> tuple[Tensor, VAEState]:
+        """Frames like `lq`, which was enlarged by `scale`; not clamped. With `latents` None the faithful ones.
 
         TinyVAE's decoder sees the LQ. Wan2.1's does not, and faithful to the LQ are its own, bicubic, frames.
         """
         if isinstance(self.vae, TinyVAE):
-            return self.vae.decode(latents, lq, state)
+            return self.vae.decode(latents, lq, state, scale)
         return (lq, VAEState(())) if latents is None else self.vae.decode(latents, state)
 
     @torch.inference_mode()
@@ -117,8 +119,9 @@ class OneStepModel:
         seed: int,
         strength: float = 1.0,
         origin: tuple[int, int, int] = (0, 0, 0),
+        scale: float = 4.0,
     ) -> tuple[Tensor, RestoreState]:
-        """Restore LQ frames (1, 3, T, H, W) in [-1, 1], resized to the target; H and W multiples of 16.
+        """Restore LQ frames (1, 3, T, H, W) in [-1, 1], enlarged by `scale` to the target; H and W multiples of 16.
 
         T is 4k + 1 at a scene's start (`state` None) and 4k after it; only a model that streams goes on from a state
         to the frames that a longer call would give. `origin` places its noise: the latent index
@@ -127,15 +130,15 @@ class OneStepModel:
         """
         index = origin[0] if state is None else state.next_latent
         if strength == 0:
-            frames, faithful = self.decode(None, lq, None if state is None else state.faithful)
+            frames, faithful = self.decode(None, lq, None if state is None else state.faithful, scale)
             encoder = VAEState(()) if state is None else state.encoder
             return frames, RestoreState(index, encoder, None, None, faithful)
         z_lq, encoder = self.encode(lq, None if state is None else state.encoder)
         place = (index, origin[1] // SPATIAL_FACTOR, origin[2] // SPATIAL_FACTOR)
         z_0, transformer = self.generate(z_lq, seed, place, None if state is None else state.transformer)
-        frames, decoder = self.decode(z_0, lq, None if state is None else state.decoder)
+        frames, decoder = self.decode(z_0, lq, None if state is None else state.decoder, scale)
         plain_state = None
         if strength < 1:
-            plain, plain_state = self.decode(None, lq, None if state is None else state.faithful)
+            plain, plain_state = self.decode(None, lq, None if state is None else state.faithful, scale)
             frames = plain + strength * (frames - plain)
         return frames, RestoreState(index + z_lq.shape[2], encoder, transformer, decoder, plain_state)

@@ -2,7 +2,8 @@
 
 8x8 in space, 4x in time, 16 channels. Frames and latents are aligned as in Wan2.1: latent 0 holds frame 0 alone (the
 three frames that would precede it are copies of it), latent i holds frames 4i - 3 .. 4i. Since the decoder receives
-the LQ frames at the target size, the latent only carries what the LQ lacks.
+the LQ frames at the target size, the latent only carries what the LQ lacks. By how much they were enlarged it is told:
+a soft picture is blurred where it was enlarged by four, and may well be meant where it was by 1.5.
 
 Everything is causal in time with one step of memory per `MemoryBlock`; the memory is passed in and out, so a streamed
 clip equals the whole one. Frames of one call are processed as one batch of 2D convolutions, channels last.
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import repeat
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +24,8 @@ from duovsr.options import TinyVAEConfig
 
 TEMPORAL_FACTOR = 4
 SPATIAL_FACTOR = 8
+_SCALES = (1.5, 4.0)  # trained for; what lies beyond counts as the nearer one
+_GAIN = 10  # of what is told of the scale: AdamW's steps are as large for its two weights as for all others
 
 
 @dataclass(frozen=True)
@@ -97,12 +101,16 @@ class Decoder(nn.Module):
         self.up = nn.Conv2d(w8, 4 * w4, 1)
         self.blocks = nn.ModuleList(ResBlock(w4) for _ in range(config.blocks_4))
         self.conv_out = nn.Conv2d(w4, 3 * 4**2, 3, padding=1)
+        self.scale_8 = nn.Linear(2, w8, bias=False)
+        self.scale_4 = nn.Linear(2, w4, bias=False)
+        for told in (self.scale_8, self.scale_4):
+            nn.init.zeros_(told.weight)
 
     def forward(
-        self, latents: Tensor | None, lq: Tensor, memories: tuple[Tensor, ...] | None
+        self, latents: Tensor | None, lq: Tensor, memories: tuple[Tensor, ...] | None, scale: Tensor
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """latents (B, T, C, H / 8, W / 8) or None for the latent-free decode, lq (B, 4T, 3, H, W), or 3 frames fewer at
-        a scene's start -> frames like lq."""
+        a scene's start, enlarged by scale (B,) -> frames like lq."""
         B, dtype = lq.shape[0], self.up.weight.dtype
         lq_quarter = convolve(unshuffle(_merge(lq.to(dtype)), 4), self.lq_in, relu=True)
         before = iter(memories) if memories is not None else repeat(None)
@@ -114,15 +122,27 @@ class Decoder(nn.Module):
             h = _whole_steps(_split(unshuffle(lq_quarter, 2), B), memories)
             h = _split(convolve(_merge(h), self.lq_down, plus=expanded), B)
             next_memories.append(memory)
+        octaves = torch.log2(_SCALES[1] / scale.clamp(*_SCALES))  # 0 at x4
+        known = (_GAIN * torch.stack([octaves, octaves.square()], dim=1)).to(dtype)
+        h = h + self.scale_8(known)[:, None, :, None, None]
         for block in self.memory_blocks:
             h, memory = block(h, next(before))
             next_memories.append(memory)
         quarter = shuffle(self.up(_merge(h[:, -lq.shape[1] :])), 2) + lq_quarter
+        quarter = quarter + self.scale_4(known).repeat_interleave(lq.shape[1], 0)[:, :, None, None]
         for block in self.blocks:
             quarter = block(quarter)
         residual = shuffle(self.conv_out(quarter), 4)
         # Added in the frames' own type: bfloat16 would round the picture itself to 8 bits less a sign.
         return lq + _split(residual, B), tuple(next_memories)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *others: Any) -> None:
+        """Weights from before the scale was told say nothing of it."""
+        some = state_dict.get(f"{prefix}up.weight")
+        for name, told in (("scale_8", self.scale_8), ("scale_4", self.scale_4)):
+            if some is not None:
+                state_dict.setdefault(f"{prefix}{name}.weight", some.new_zeros(told.weight.shape))
+        super()._load_from_state_dict(state_dict, prefix, *others)
 
     def _expand(self, latents: Tensor, memory: Tensor | None) -> tuple[Tensor, Tensor]:
         """Latents (B, T, C, h, w) -> features (B 4T, width_8, h, w), and the next memory.
@@ -166,15 +186,20 @@ class TinyVAE(nn.Module):
         mean, std = self._statistics(latents)
         return (latents - mean) / std, VAEState((memory,))
 
-    def decode(self, latents: Tensor | None, lq: Tensor, state: VAEState | None = None) -> tuple[Tensor, VAEState]:
-        """Decode normalised latents with the LQ frames of the same times at the target size (B, 3, T, H, W).
+    def decode(
+        self, latents: Tensor | None, lq: Tensor, state: VAEState | None = None, scale: float | Tensor = 4.0
+    ) -> tuple[Tensor, VAEState]:
+        """Decode normalised latents with the LQ frames of the same times at the target size (B, 3, T, H, W), to which
+        they were enlarged by `scale`, one for all or (B,).
 
         `latents` None gives the faithful, latent-free decode. Returns frames in the shape of `lq`, not clamped.
         """
         if latents is not None:
             mean, std = self._statistics(latents)
             latents = (latents * std + mean).transpose(1, 2)
-        frames, memories = self.decoder(latents, _time_first(lq), None if state is None else state.memories)
+        if not isinstance(scale, Tensor):
+            scale = torch.full(lq.shape[:1], scale, device=lq.device)
+        frames, memories = self.decoder(latents, _time_first(lq), None if state is None else state.memories, scale)
         return frames.transpose(1, 2), VAEState(memories)
 
     def _statistics(self, latents: Tensor) -> tuple[Tensor, Tensor]:

@@ -30,6 +30,14 @@ LATENTS, SHARPNESS, ENCODED_BY = "latents.npy", "sharpness.npy", "autoencoder.sh
 PAIRS, PAIRS_RECORD = "pairs.npy", "pairs.json"
 
 
+class Frames(NamedTuple):
+    """HQ and enlarged LQ (B, 3, T, H, W) in [-1, 1], and by how much each LQ was enlarged (B,)."""
+
+    hq: Tensor
+    lq: Tensor
+    scale: Tensor
+
+
 class Latents(NamedTuple):
     """Of HQ and LQ (B, C, T, h, w), and the sharpness of the HQ frames (B,), see `sharpness`."""
 
@@ -89,11 +97,11 @@ class Pool:
                 hint="set `crop` and `frames`, or make a pool with other `side` and `frames`",
             )
 
-    def frames(self, draws: Draws, crop: int, frames: int) -> tuple[Tensor, Tensor]:
-        """HQ and upsampled LQ (B, 3, frames, crop, crop) in [-1, 1], cropped, flipped and turned at random."""
+    def frames(self, draws: Draws, crop: int, frames: int) -> Frames:
+        """(B, 3, frames, crop, crop), cropped, flipped and turned at random."""
         return self._load([self._draw(g, crop, frames) for g in draws.generators], draws, crop, frames)
 
-    def fixed(self, rows: range, crop: int, frames: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    def fixed(self, rows: range, crop: int, frames: int, device: torch.device) -> Frames:
         """The centre crops of the usable windows `rows`, always the same."""
         start = (self.side - crop) // 2
         windows = [_Window(*self.usable[row % len(self.usable)], 0, start, start) for row in rows]
@@ -109,7 +117,7 @@ class Pool:
         flips = tuple(axis for axis in (1, 2, 3) if below(2))  # time, height, width of (3, T, H, W)
         return _Window(pool, row, t, y, x, flips, bool(below(2)))
 
-    def _load(self, windows: list[_Window], draws: Draws, crop: int, frames: int) -> tuple[Tensor, Tensor]:
+    def _load(self, windows: list[_Window], draws: Draws, crop: int, frames: int) -> Frames:
         whole = [_to_float(self.hq[w.pool][w.row, w.t : w.t + frames], draws.device) for w in windows]
         pairs = []
         for window, hq, lq in zip(windows, whole, self._lq(windows, whole, draws), strict=True):
@@ -117,8 +125,9 @@ class Pool:
             pair = torch.stack([hq, lq])[..., window.y : window.y + crop, window.x : window.x + crop]
             pair = pair.flip([axis + 1 for axis in window.flips]) if window.flips else pair
             pairs.append(pair.transpose(3, 4) if window.transpose else pair)
+        scale = torch.tensor([float(self.scale[w.pool][w.row]) for w in windows], device=draws.device)
         hq_batch, lq_batch = torch.stack(pairs, dim=1)
-        return hq_batch, lq_batch
+        return Frames(hq_batch, lq_batch, scale)
 
     def _lq(self, windows: list[_Window], whole: list[Tensor], draws: Draws) -> list[Tensor]:
         """LQ of whole HQ windows (3, T, side, side): (3, T, h, w) each, in [-1, 1]."""

@@ -62,10 +62,10 @@ class Refinement:
         config = self.config
         if config.recycle > 0:
             draws = Draws.of(range(_LOOKED_AT), seed=config.seed, step=0, part=2, device=self.run.device)
-            _, lq = self.pool.frames(draws, config.crop, config.frames)
-            recycle(self.vae, lq, config.recycle, torch.Generator().manual_seed(config.seed))
+            frames = self.pool.frames(draws, config.crop, config.frames)
+            recycle(self.vae, frames.lq, config.recycle, torch.Generator().manual_seed(config.seed))
 
-    def _restore(self, lq: Tensor, draws: Draws, step: int) -> tuple[Tensor, Tensor | None]:
+    def _restore(self, lq: Tensor, scale: Tensor, draws: Draws, step: int) -> tuple[Tensor, Tensor | None]:
         """The output (B, 3, T, H, W) and, every `noise_every` steps, how far the effect of two noises on the update's
         first sample left the anchor's: times the number of micro-batches where that sample is, as their mean is taken,
         0 elsewhere."""
@@ -77,7 +77,7 @@ class Refinement:
         eps, other = (draws.normal_like(z_lq, self.preset.shared_noise) for _ in range(2))
         with self.run.autocast():
             x0 = one_step(self.student, torch.cat([eps, other[:probed]]), torch.cat([z_lq, z_lq[:probed]]))
-            output, _ = self.vae.decode(x0[: len(draws)], lq)
+            output, _ = self.vae.decode(x0[: len(draws)], lq, scale=scale)
         if not probed:
             return output.float(), x0.new_zeros(()) if due else None
         with torch.no_grad(), self.run.autocast():
@@ -87,8 +87,8 @@ class Refinement:
 
     def loss(self, draws: Draws, step: int) -> tuple[Tensor, Metrics]:
         config = self.config
-        hq, lq = self.pool.frames(draws, config.crop, config.frames)
-        output, drift = self._restore(lq, draws, step)
+        hq, lq, scale = self.pool.frames(draws, config.crop, config.frames)
+        output, drift = self._restore(lq, scale, draws, step)
         pair = luma_and_color(output), luma_and_color(hq)
         pixel = charbonnier(*pair)
         loss = pixel + config.gradient_weight * gradient_loss(*pair) + config.temporal_weight * temporal_loss(*pair)
@@ -104,7 +104,7 @@ class Refinement:
             noted["noise_drift"] = drift
         if step % config.faithful_every == 0:
             with self.run.autocast():
-                faithful, _ = self.vae.decode(None, lq)
+                faithful, _ = self.vae.decode(None, lq, scale=scale)
             loss = loss + config.faithful_weight * charbonnier(luma_and_color(faithful.float()), pair[1])
         if step >= config.adversarial_start:
             self.discriminator.requires_grad_(False)

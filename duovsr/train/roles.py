@@ -23,7 +23,7 @@ from duovsr.model.prompt import Prompt
 from duovsr.model.tiny_vae import TinyVAE
 from duovsr.model.transformer import Transformer
 from duovsr.options import Preset
-from duovsr.train.data import LatentPool, Latents, PairPool, Pool, sharpness
+from duovsr.train.data import Frames, LatentPool, Latents, PairPool, Pool, sharpness
 from duovsr.train.draws import Draws
 from duovsr.train.loop import Run
 from duovsr.train.options import StageConfig
@@ -63,7 +63,7 @@ class EncodedFrames:
 
     def latents(self, draws: Draws) -> Latents:
         config = self.run.config
-        hq, lq = self.pool.frames(draws, config.crop, config.frames)
+        hq, lq, _ = self.pool.frames(draws, config.crop, config.frames)
         z0, z_lq = encode(self.vae, torch.cat([hq, lq]), self.run).chunk(2)
         return Latents(z0, z_lq, sharpness(hq))
 
@@ -157,9 +157,9 @@ def encode(vae: Autoencoder, frames: Tensor, run: Run) -> Tensor:
     return latents.float()
 
 
-def decode(vae: Autoencoder, latents: Tensor, lq: Tensor) -> Tensor:
+def decode(vae: Autoencoder, latents: Tensor, seen: Frames) -> Tensor:
     """Frames like the LQ (B, 3, T, H, W), not clamped. TinyVAE's decoder sees the LQ, Wan2.1's does not."""
-    frames, _ = vae.decode(latents, lq) if isinstance(vae, TinyVAE) else vae.decode(latents)
+    frames, _ = vae.decode(latents, seen.lq, scale=seen.scale) if isinstance(vae, TinyVAE) else vae.decode(latents)
     return frames
 
 
@@ -186,14 +186,14 @@ def guided_velocity(model: nn.Module, noisy: Tensor, z_lq: Tensor, sigma: Tensor
 
 def ode_restore(
     run: Run, preset: Preset, vae: Autoencoder, model: nn.Module, steps: int, shift: float
-) -> Callable[[Tensor, Tensor, Draws], Tensor]:
+) -> Callable[[Frames, Draws], Tensor]:
     """LQ frames -> restored frames by `steps` sampling steps, as `Validation` wants it."""
 
-    def restore(hq: Tensor, lq: Tensor, draws: Draws) -> Tensor:
-        z_lq = encode(vae, lq, run)
+    def restore(frames: Frames, draws: Draws) -> Tensor:
+        z_lq = encode(vae, frames.lq, run)
         with run.autocast():
             z = ode_solution(model, draws.normal_like(z_lq, preset.shared_noise), z_lq, steps, shift)
-            return decode(vae, z, lq)
+            return decode(vae, z, frames)
 
     return restore
 

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from duovsr.errors import TrainError
 from duovsr.metrics.meter import Unmeasurable
 from duovsr.model import flow
-from duovsr.train.data import PAIRS, PAIRS_RECORD, new_array
+from duovsr.train.data import PAIRS, PAIRS_RECORD, Frames, new_array
 from duovsr.train.distributed import place
 from duovsr.train.draws import Draws
 from duovsr.train.loop import Metrics, Run, Trained, run_loop
@@ -104,10 +104,10 @@ class _Judge:
         """The record of clip n, and LQ, chosen and rejected latents (3, C, T, h, w), if they make a pair."""
         config = self.config
         draws = Draws.of(range(n, n + 1), seed=config.seed, step=0, part=0, device=self.run.device)
-        hq, lq = self.pool.frames(draws, config.crop, config.frames)
-        z_lq = encode(self.vae, lq, self.run)
+        frames = self.pool.frames(draws, config.crop, config.frames)
+        z_lq = encode(self.vae, frames.lq, self.run)
         try:
-            latents, scores = self._candidates(hq, lq, z_lq, draws)
+            latents, scores = self._candidates(frames, z_lq, draws)
         except Unmeasurable as error:  # such as NIQE of a black clip
             return {"skipped": str(error)}, None
         ranks = rank_sum(scores, self.rankers)
@@ -118,17 +118,15 @@ class _Judge:
         return {**clip, "chosen": best, "rejected": worst}, torch.cat([z_lq, latents[best], latents[worst]])
 
     @torch.no_grad()
-    def _candidates(
-        self, hq: Tensor, lq: Tensor, z_lq: Tensor, draws: Draws
-    ) -> tuple[list[Tensor], list[dict[str, float]]]:
+    def _candidates(self, frames: Frames, z_lq: Tensor, draws: Draws) -> tuple[list[Tensor], list[dict[str, float]]]:
         """Their latents and scores."""
         latents, scores = [], []
         for _ in range(self.config.candidates):
             with self.run.autocast():
                 z0 = one_step(self.student, draws.normal_like(z_lq, self.preset.shared_noise), z_lq)
-                frames = decode(self.vae, z0, lq)
+                output = decode(self.vae, z0, frames)
             latents.append(z0)
-            scores.append({ranker.name: ranker(frames.float(), hq) for ranker in self.rankers})
+            scores.append({ranker.name: ranker(output.float(), frames.hq) for ranker in self.rankers})
         return latents, scores
 
 

@@ -17,12 +17,13 @@ from torch.nn import functional as F
 from duovsr.model.layers import channels_last
 from duovsr.model.tiny_vae import Decoder, Encoder, MemoryBlock, ResBlock, TinyVAE
 from duovsr.options import Preset, TinyVAEConfig
+from duovsr.train.data import Frames
 from duovsr.train.distributed import mean_over_ranks, place
 from duovsr.train.draws import Draws
 from duovsr.train.loop import Metrics, Run, Trained, run_loop
 from duovsr.train.losses import charbonnier, gradient_loss, luma_and_color, psnr, temporal_loss
 from duovsr.train.options import VAEConfig
-from duovsr.train.roles import Inputs, encode, fill
+from duovsr.train.roles import Inputs, decode, encode, fill
 from duovsr.train.validation import Validation
 
 
@@ -47,13 +48,13 @@ def train_vae(run: Run, config: VAEConfig, inputs: Inputs) -> None:
     moments: list[Tensor] = []
 
     def loss_of(draws: Draws) -> tuple[Tensor, Metrics]:
-        hq, lq = pool.frames(draws, config.crop, config.frames)
+        hq, lq, scale = pool.frames(draws, config.crop, config.frames)
         noted: Metrics = {}
         with run.autocast():
             latents, _ = vae.encode(hq if teacher is None else torch.cat([hq, lq]))
             z = latents if teacher is None else encode(teacher, hq, run)
             sigma = config.latent_noise * draws.uniform().view(-1, 1, 1, 1, 1)
-            output, _ = vae.decode(z + sigma * draws.normal_like(z), lq)
+            output, _ = vae.decode(z + sigma * draws.normal_like(z), lq, scale=scale)
         loss = reconstruction_loss(output.float(), hq, config)
         if teacher is None:
             moments.append(raw_moments(vae, latents))
@@ -63,9 +64,9 @@ def train_vae(run: Run, config: VAEConfig, inputs: Inputs) -> None:
         return loss, {"loss": loss, **noted, "psnr": psnr(output.float(), hq), "psnr_lq": psnr(lq, hq)}
 
     def free_loss_of(draws: Draws) -> tuple[Tensor, Metrics]:
-        hq, lq = pool.frames(draws, config.crop, config.frames)
+        hq, lq, scale = pool.frames(draws, config.crop, config.frames)
         with run.autocast():
-            output, _ = vae.decode(None, lq)
+            output, _ = vae.decode(None, lq, scale=scale)
         loss = reconstruction_loss(output.float(), hq, config)
         return loss, {"loss_free": loss, "psnr_free": psnr(output.float(), hq), "psnr_lq": psnr(lq, hq)}
 
@@ -80,11 +81,10 @@ def train_vae(run: Run, config: VAEConfig, inputs: Inputs) -> None:
         move_statistics(vae, mean, square, max(config.statistics_momentum, 1 / (n + 1)))
         return metrics
 
-    def restore(hq: Tensor, lq: Tensor, draws: Draws) -> Tensor:
+    def restore(frames: Frames, draws: Draws) -> Tensor:
         with run.autocast():
-            latents, _ = vae.encode(hq)
-            output, _ = vae.decode(latents, lq)
-        return output
+            latents, _ = vae.encode(frames.hq)
+            return decode(vae, latents, frames)
 
     validate = Validation.maybe(run, inputs, restore)
     run_loop(run, Trained({name: vae}, {name: optimizer}, averaged=(name,), validate=validate), step)

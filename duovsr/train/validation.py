@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from duovsr.metrics.fidelity import psnr_y, ssim_y
-from duovsr.train.data import Pool
+from duovsr.train.data import Frames, Pool
 from duovsr.train.draws import Draws
 from duovsr.train.loop import Run, Scores
 from duovsr.train.roles import Inputs
@@ -20,7 +20,7 @@ from duovsr.train.roles import Inputs
 STRIPS = "samples"
 _STRIP_ROWS = 4
 
-Restore = Callable[[Tensor, Tensor, Draws], Tensor]  # HQ, LQ, random numbers -> output
+Restore = Callable[[Frames, Draws], Tensor]  # random numbers -> output
 
 
 class Validation:
@@ -57,10 +57,10 @@ class Validation:
         count = config.validation_samples if self.scored else _STRIP_ROWS
         rows: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
         for row in range(count):
-            hq, lq = self.pool.fixed(range(row, row + 1), config.crop, config.frames, self.run.device)
+            frames = self.pool.fixed(range(row, row + 1), config.crop, config.frames, self.run.device)
             draws = Draws.of(range(row, row + 1), seed=0, step=0, part=1, device=self.run.device)
-            output = self.restore(hq, lq, draws)
-            rows.append((_pixels(lq), _pixels(output), _pixels(hq)))
+            output = self.restore(frames, draws)
+            rows.append((_pixels(frames.lq), _pixels(output), _pixels(frames.hq)))
         if self.run.world.first:
             write_strip(self.run.out / STRIPS / f"step_{done:06d}.png", rows[:_STRIP_ROWS])
         if not self.scored:
