@@ -264,6 +264,13 @@ def test_export_blends_two_runs_of_a_model(training_pool: Path, tmp_path: Path) 
         torch.testing.assert_close(value, 0.75 * a[name] + 0.25 * b[name], rtol=0.01, atol=1e-3)
     with pytest.raises(UsageError, match="unsupported share"):
         resolve(job, ["share=2"])
+    runs = {name: torch.load(tmp_path / name / "final.pt", weights_only=True) for name in ("a", "b")}
+    runs["a"]["vae"]["decoder.scale_8.weight"].fill_(1)
+    del runs["b"]["vae"]["decoder.scale_8.weight"]  # as before there was such a one
+    for name, weights in runs.items():
+        torch.save(weights, tmp_path / name / "final.pt")
+    run_job(job, resolve(job, [f"blend={tmp_path / 'b'}", "share=0.25"]))
+    assert (load_weights(job.out)["vae"]["decoder.scale_8.weight"] == 0.75).all()
 
 
 def test_tune_adapts_a_model_to_somebodys_clips(training_pool: Path, tmp_path: Path) -> None:

@@ -137,11 +137,7 @@ class Decoder(nn.Module):
         return lq + _split(residual, B), tuple(next_memories)
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *others: Any) -> None:
-        """Weights from before the scale was told say nothing of it."""
-        some = state_dict.get(f"{prefix}up.weight")
-        for name, told in (("scale_8", self.scale_8), ("scale_4", self.scale_4)):
-            if some is not None:
-                state_dict.setdefault(f"{prefix}{name}.weight", some.new_zeros(told.weight.shape))
+        complete(state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *others)
 
     def _expand(self, latents: Tensor, memory: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -205,6 +201,14 @@ class TinyVAE(nn.Module):
     def _statistics(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         shape = (1, -1, 1, 1, 1)
         return self.latent_mean.to(latents.dtype).view(shape), self.latent_std.to(latents.dtype).view(shape)
+
+
+def complete(state: dict[str, Tensor], prefix: str = "decoder.") -> None:
+    """Add to a TinyVAE's weights from before its decoder was told the scale what they lack: they say nothing of it."""
+    up = state.get(f"{prefix}up.weight")
+    if up is not None:
+        state.setdefault(f"{prefix}scale_8.weight", up.new_zeros(up.shape[1], 2))
+        state.setdefault(f"{prefix}scale_4.weight", up.new_zeros(up.shape[0] // 4, 2))
 
 
 def _time_first(frames: Tensor) -> Tensor:

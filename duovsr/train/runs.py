@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from duovsr.errors import InputError, TrainError, UsageError
+from duovsr.model.tiny_vae import complete
 from duovsr.options import PRESETS
 from duovsr.repository import FILES, TINY_VAE
 from duovsr.train.checkpoint import told_of
@@ -35,6 +36,13 @@ def load_weights(source: Path) -> Weights:
 
     Raises InputError where the run has not finished, or a file is missing.
     """
+    weights = _read(source)
+    for name in ("vae", "tiny_vae"):
+        complete(weights.get(name, {}))
+    return weights
+
+
+def _read(source: Path) -> Weights:
     if (source / _TRANSFORMER).is_file():
         files = {"transformer": _TRANSFORMER, "prompt": _PROMPT}
         model = {f"{part}.{k}": v for part, file in files.items() for k, v in _float(source / file).items()}
