@@ -25,7 +25,7 @@ from duovsr.options import TinyVAEConfig
 TEMPORAL_FACTOR = 4
 SPATIAL_FACTOR = 8
 _SCALES = (1.5, 4.0)  # trained for; what lies beyond counts as the nearer one
-_GAIN = 10  # of what is told of the scale: AdamW's steps are as large for its two weights as for all others
+_GAIN = 10  # of what is told of the scale, whose few weights AdamW moves no faster than all others
 
 
 @dataclass(frozen=True)
