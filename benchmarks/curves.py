@@ -4,8 +4,8 @@
 
 Of every run, in the order given: its settings, the means of its losses over 200 steps, and every validation. With
 `--again`, the folder of a second run of one's command (it may be stopped after some steps): the losses of the steps
-that both noted, beside each other. Writes `results/training.json`, which `charts.py` draws; runs that it has and that are not
-given, whose logs may be gone, stay in it.
+that both noted, beside each other. Writes `results/training.json`, which `charts.py` draws; runs that it has and that
+are not given, whose logs may be gone, stay in it.
 """
 
 from __future__ import annotations
