@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from duovsr.model.tiny_vae import TinyVAE, VAEState
 from duovsr.options import Preset, TinyVAEConfig, TransformerConfig
 from duovsr.train.base import train_base
-from duovsr.train.data import Latents, PairPool, Pool
+from duovsr.train.data import Frames, Latents, PairPool, Pool
 from duovsr.train.distributed import World
 from duovsr.train.draws import Draws
 from duovsr.train.loop import Run
@@ -89,9 +89,9 @@ class ToyPool(Pool):
         z0 = z0 + POOR_NOISE * poor.view(-1, 1, 1, 1, 1) * draws.normal_like(z_lq)
         return Latents(z0, z_lq, sharpness=1 - poor)
 
-    def frames(self, draws: Draws, crop: int, frames: int) -> tuple[Tensor, Tensor]:
+    def frames(self, draws: Draws, crop: int, frames: int) -> Frames:
         z0, z_lq, _ = self.latents(draws)
-        return z0 / SCALE, z_lq / SCALE
+        return Frames(z0 / SCALE, z_lq / SCALE, torch.full((len(z0),), 4.0))
 
 
 class ToyVAE(TinyVAE):
@@ -103,7 +103,9 @@ class ToyVAE(TinyVAE):
     def encode(self, frames: Tensor, state: VAEState | None = None) -> tuple[Tensor, VAEState]:
         return SCALE * frames, VAEState(())
 
-    def decode(self, latents: Tensor | None, lq: Tensor, state: VAEState | None = None) -> tuple[Tensor, VAEState]:
+    def decode(
+        self, latents: Tensor | None, lq: Tensor, state: VAEState | None = None, scale: float | Tensor = 4.0
+    ) -> tuple[Tensor, VAEState]:
         assert latents is not None
         return latents / SCALE, VAEState(())
 
