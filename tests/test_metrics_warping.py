@@ -43,7 +43,8 @@ def test_flicker_costs_twice_its_variance() -> None:
 
 def test_warp_is_bilinear() -> None:
     ramp = torch.arange(W, dtype=torch.float32).expand(1, H, W)
-    torch.testing.assert_close(warp(ramp, constant_flow(0.25, 0.5))[..., :-1], ramp[..., :-1] + 0.25)
+    warped = warp(ramp[None], constant_flow(0.25, 0.5)[None])[0]
+    torch.testing.assert_close(warped[..., :-1], ramp[..., :-1] + 0.25)
 
 
 def test_pixels_that_leave_or_are_covered_do_not_count() -> None:

@@ -23,7 +23,6 @@ from duovsr.train.checkpoint import Checkpoints
 from duovsr.train.distributed import World
 from duovsr.train.journal import sole_owner
 from duovsr.train.loop import Interrupted
-from duovsr.train.losses import temporal_loss
 from duovsr.train.options import ExportConfig, PoolConfig
 from duovsr.train.pool import build_pool
 from duovsr.train.sources import find_sources
@@ -194,11 +193,6 @@ def test_a_closed_terminal_saves_and_nohup_is_heeded(tmp_path: Path) -> None:
         signal.signal(signal.SIGHUP, before)
     assert caught.value.exit_code == 143
     assert torch.equal(fit_line(tmp_path / "stopped"), whole)
-
-
-def test_one_frame_has_no_flicker() -> None:
-    one, other = torch.rand(2, 2, 3, 1, 8, 8)
-    assert temporal_loss(one, other) == 0
 
 
 def test_a_folder_that_another_process_writes_to_is_refused(

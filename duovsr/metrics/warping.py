@@ -88,7 +88,7 @@ def warping_error(this: Pixels, following: Pixels, forward: Tensor, backward: Te
     if not mask.any():
         return None
     a, b = (torch.from_numpy(pixels).permute(2, 0, 1).float() / 255 for pixels in (this, following))
-    return (a - warp(b, forward)).square()[:, mask].double().mean().item()
+    return (a - warp(b[None], forward[None])[0]).square()[:, mask].double().mean().item()
 
 
 def visible_in_both(forward: Tensor, backward: Tensor) -> Tensor:
@@ -99,22 +99,23 @@ def visible_in_both(forward: Tensor, backward: Tensor) -> Tensor:
     _, height, width = forward.shape
     x, y = _matches(forward)
     inside = (x >= 0) & (x <= width - 1) & (y >= 0) & (y <= height - 1)
-    back = warp(backward, forward)
+    back = warp(backward[None], forward[None])[0]
     mismatch = (forward + back).square().sum(0)
     return inside & (mismatch <= 0.01 * (forward.square().sum(0) + back.square().sum(0)) + 0.5)
 
 
-def warp(image: Tensor, flow: Tensor) -> Tensor:
-    """`image` (C, H, W) sampled bilinearly at p + flow(p); float32, borders replicated."""
-    _, height, width = image.shape
+def warp(images: Tensor, flow: Tensor) -> Tensor:
+    """`images` (N, C, H, W) sampled bilinearly at p + flow(p), flow (N, 2, H, W); float32, borders replicated."""
+    height, width = images.shape[2:]
     x, y = _matches(flow)
     # grid_sample wants pixel centres at (2 i + 1) / n - 1
     grid = torch.stack(((2 * x + 1) / width - 1, (2 * y + 1) / height - 1), dim=-1)
-    warped = F.grid_sample(image[None], grid[None], mode="bilinear", padding_mode="border", align_corners=False)
-    return warped[0]
+    return F.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=False)
 
 
 def _matches(flow: Tensor) -> tuple[Tensor, Tensor]:
-    """Where the next frame has what is at each pixel: x and y, each (H, W)."""
-    _, height, width = flow.shape
-    return flow[0] + torch.arange(width), flow[1] + torch.arange(height).unsqueeze(1)
+    """Where the next frame has what is at each pixel: x and y, each (..., H, W) of flow (..., 2, H, W)."""
+    height, width = flow.shape[-2:]
+    x = torch.arange(width, device=flow.device)
+    y = torch.arange(height, device=flow.device).unsqueeze(1)
+    return flow[..., 0, :, :] + x, flow[..., 1, :, :] + y

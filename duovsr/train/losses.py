@@ -9,6 +9,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import spectral_norm
 
+from duovsr.metrics.warping import warp
+from duovsr.train.motion import Motion
+
 _LUMA = (0.299, 0.587, 0.114)  # BT.601
 
 
@@ -39,16 +42,20 @@ def gradient_loss(output: Tensor, target: Tensor) -> Tensor:
     return loss / 2
 
 
-def temporal_loss(output: Tensor, target: Tensor) -> Tensor:
+def temporal_loss(output: Tensor, target: Tensor, motion: Motion) -> Tensor:
     """Flicker that the truth does not have: the root mean square, over each sample, of the change of the error from
-    frame to frame. Of one frame 0.
+    frame to frame along the truth's motion, where the next frame still shows the same. Of one frame 0.
 
-    Squares, since what is seen to flicker is few strong edges: of the same weight, a mean size did less for more PSNR.
+    Along the motion, since an error that moves with its object is no flicker: at a fixed place it counts whenever
+    something passes, and all that helps there is blur. Squares, since what is seen to flicker is few strong edges.
     """
-    error = output - target
-    if error.shape[2] == 1:
+    error = (output - target).transpose(1, 2)
+    B, T = error.shape[:2]
+    if T == 1:
         return error.new_zeros(())
-    return (error.diff(dim=2).square().mean((1, 2, 3, 4)) + 1e-12).sqrt().mean()
+    following = warp(error[:, 1:].flatten(0, 1), motion.flow.flatten(0, 1)).unflatten(0, (B, T - 1))
+    change = (error[:, :-1] - following) * motion.visible
+    return (change.square().mean((1, 2, 3, 4)) + 1e-12).sqrt().mean()
 
 
 def ssim_loss(output: Tensor, target: Tensor, scales: int = 1) -> Tensor:

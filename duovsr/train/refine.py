@@ -27,6 +27,7 @@ from duovsr.train.losses import (
     ssim_loss,
     temporal_loss,
 )
+from duovsr.train.motion import MotionEstimator
 from duovsr.train.options import RefineConfig
 from duovsr.train.recycle import recycle
 from duovsr.train.roles import Inputs, diffusion_model, encode, ode_restore, one_step
@@ -42,6 +43,7 @@ class Refinement:
         vae = inputs.autoencoder(run)
         assert isinstance(vae, TinyVAE)  # `stages.resolve` refuses other presets
         self.vae = vae
+        self.motion = MotionEstimator.maybe(config.temporal_weight)
         self._recycle()
         self.vae.decoder.requires_grad_(True)
         model = inputs.weights("model")
@@ -91,10 +93,13 @@ class Refinement:
         output, drift = self._restore(lq, scale, draws, step)
         pair = luma_and_color(output), luma_and_color(hq)
         pixel = charbonnier(*pair)
-        loss = pixel + config.gradient_weight * gradient_loss(*pair) + config.temporal_weight * temporal_loss(*pair)
+        loss = pixel + config.gradient_weight * gradient_loss(*pair)
         structure = ssim_loss(output, hq, config.ssim_scales)
         loss = loss + config.ssim_weight * structure
         noted = {"pixel": pixel, "ssim_loss": structure, "psnr_gain": psnr(output, hq) - psnr(lq, hq)}
+        if self.motion is not None:
+            noted["temporal_loss"] = temporal_loss(*pair, self.motion(hq))
+            loss = loss + config.temporal_weight * noted["temporal_loss"]
         if config.detail_weight > 0:
             noted["detail_loss"] = detail_loss(output, hq)
             loss = loss + config.detail_weight * noted["detail_loss"]

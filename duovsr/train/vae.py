@@ -22,6 +22,7 @@ from duovsr.train.distributed import mean_over_ranks, place
 from duovsr.train.draws import Draws
 from duovsr.train.loop import Metrics, Run, Trained, run_loop
 from duovsr.train.losses import charbonnier, gradient_loss, luma_and_color, psnr, temporal_loss
+from duovsr.train.motion import MotionEstimator
 from duovsr.train.options import VAEConfig
 from duovsr.train.roles import Inputs, decode, encode, fill
 from duovsr.train.validation import Validation
@@ -46,6 +47,7 @@ def train_vae(run: Run, config: VAEConfig, inputs: Inputs) -> None:
         vae.parameters(), config.learning_rate, (config.beta1, config.beta2), weight_decay=config.weight_decay
     )
     moments: list[Tensor] = []
+    motion = MotionEstimator.maybe(config.temporal_weight)
 
     def loss_of(draws: Draws) -> tuple[Tensor, Metrics]:
         hq, lq, scale = pool.frames(draws, config.crop, config.frames)
@@ -55,7 +57,7 @@ def train_vae(run: Run, config: VAEConfig, inputs: Inputs) -> None:
             z = latents if teacher is None else encode(teacher, hq, run)
             sigma = config.latent_noise * draws.uniform().view(-1, 1, 1, 1, 1)
             output, _ = vae.decode(z + sigma * draws.normal_like(z), lq, scale=scale)
-        loss = reconstruction_loss(output.float(), hq, config)
+        loss = reconstruction_loss(output.float(), hq, motion, config)
         if teacher is None:
             moments.append(raw_moments(vae, latents))
         else:
@@ -67,7 +69,7 @@ def train_vae(run: Run, config: VAEConfig, inputs: Inputs) -> None:
         hq, lq, scale = pool.frames(draws, config.crop, config.frames)
         with run.autocast():
             output, _ = vae.decode(None, lq, scale=scale)
-        loss = reconstruction_loss(output.float(), hq, config)
+        loss = reconstruction_loss(output.float(), hq, motion, config)
         return loss, {"loss_free": loss, "psnr_free": psnr(output.float(), hq), "psnr_lq": psnr(lq, hq)}
 
     def step(n: int) -> Metrics:
@@ -122,13 +124,10 @@ def _begin(module: nn.Module) -> None:
         nn.init.zeros_(module.conv_out.weight)
 
 
-def reconstruction_loss(output: Tensor, target: Tensor, config: VAEConfig) -> Tensor:
+def reconstruction_loss(output: Tensor, target: Tensor, motion: MotionEstimator | None, config: VAEConfig) -> Tensor:
     pair = luma_and_color(output), luma_and_color(target)
-    return (
-        charbonnier(*pair)
-        + config.gradient_weight * gradient_loss(*pair)
-        + config.temporal_weight * temporal_loss(*pair)
-    )
+    loss = charbonnier(*pair) + config.gradient_weight * gradient_loss(*pair)
+    return loss if motion is None else loss + config.temporal_weight * temporal_loss(*pair, motion(target))
 
 
 @torch.no_grad()
