@@ -269,6 +269,10 @@ def test_export_blends_two_runs_of_a_model(training_pool: Path, tmp_path: Path) 
         torch.save(weights, tmp_path / name / "final.pt")
     run_job(job, resolve(job, [f"blend={tmp_path / 'b'}", "share=0.25"]))
     assert (load_weights(job.out)["vae"]["decoder.scale_8.weight"] == 0.75).all()
+    run_job(job, resolve(job, [f"blend={tmp_path / 'b'}", "share=1", "only=vae"]))
+    assert (load_weights(job.out)["vae"]["decoder.scale_8.weight"] == 0).all()
+    a, mixed = (load_weights(path)["model"] for path in (tmp_path / "a", job.out))
+    torch.testing.assert_close(mixed, {name: a[name] for name in mixed}, rtol=0.01, atol=1e-3)
 
 
 def test_tune_adapts_a_model_to_somebodys_clips(training_pool: Path, tmp_path: Path) -> None:

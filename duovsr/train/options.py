@@ -100,9 +100,7 @@ class BaseConfig(StageConfig):
     weight_decay: float = 0.01
     shift: float = 2.0
     prompt_dropout: float = 0.1
-    sharpness: float = (
-        0.0  # presets that learn their prompt: HQ below this variance of the Laplacian gets the null prompt
-    )
+    sharpness: float = 0.0  # presets that learn their prompt: blurrier HQ (variance of the Laplacian) gets the null one
 
 
 @dataclass(frozen=True)
@@ -285,10 +283,12 @@ class ExportConfig:
 
     blend: str = ""  # the other run
     share: float = 0.0  # its part
+    only: str = "both"  # what is blended: model, vae, or both; share=1 takes that of the other run
     tiny_vae: str = ""  # a run of stage `vae` on the model: its TinyVAE is written beside the model's autoencoder
 
     def __post_init__(self) -> None:
         check_parts(self, "share")
+        check_choice("only", self.only, ("both", "model", "vae"))
         if bool(self.blend) != (self.share > 0):
             raise UsageError("`blend` and `share` go together", hint="add `--set blend=RUN` or `--set share=0.5`")
 

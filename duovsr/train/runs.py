@@ -94,7 +94,7 @@ def save_atomically(weights: Mapping[str, Mapping[str, Tensor]], path: Path, wor
 
 def _blended(name: str, source: Path, config: ExportConfig) -> dict[str, Tensor]:
     state = pick(load_weights(source), name, source)
-    if not config.blend:
+    if not config.blend or config.only not in ("both", name):
         return state
     other = pick(load_weights(Path(config.blend)), name, Path(config.blend))
     if {k: v.shape for k, v in other.items()} != {k: v.shape for k, v in state.items()}:
