@@ -23,7 +23,8 @@ from duovsr.train.draws import Draws
 from duovsr.train.journal import note_settings
 from duovsr.train.loop import Run
 from duovsr.train.losses import detail_loss, gradient_loss, luma_and_color, ssim_loss
-from duovsr.train.options import RECIPES, DualConfig, ExportConfig, ProgressiveConfig, StageConfig
+from duovsr.train.options import DualConfig, ExportConfig, ProgressiveConfig, StageConfig
+from duovsr.train.recipes import RECIPES
 from duovsr.train.roles import ode_solution
 from duovsr.train.runs import load_weights
 from duovsr.train.sources import sharpness as exact_sharpness

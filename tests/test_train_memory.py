@@ -13,7 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from duovsr.model.transformer import Transformer
 from duovsr.options import PRESETS
 from duovsr.train.memory import activation_bytes, describe, forward_flops, plan
-from duovsr.train.options import RECIPES, BaseConfig, DualConfig
+from duovsr.train.options import BaseConfig, DualConfig
+from duovsr.train.recipes import RECIPES
 from duovsr.train.stages import Job, resolve
 from tests.conftest import SMALL
 

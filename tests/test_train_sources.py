@@ -280,12 +280,12 @@ def test_rows_of_bad_files_are_marked_unusable(footage: Path, tmp_path: Path) ->
     assert not (tmp_path / "none" / "scale.npy").exists()
 
 
-@pytest.mark.parametrize(("skip_frames", "step"), [(0.0, 1), (1.0, 2)])
-def test_clips_are_shown_in_two_speeds(tmp_path: Path, skip_frames: float, step: int) -> None:
+@pytest.mark.parametrize(("skip_frames", "skip", "step"), [(0.0, 2, 1), (1.0, 2, 2), (1.0, 3, 3), (1.0, 30, 1)])
+def test_clips_are_shown_in_two_speeds(tmp_path: Path, skip_frames: float, skip: int, step: int) -> None:
     grey = [np.full((48, 64, 3), 4 * number, np.uint8) for number in range(40)]
     write_clip(tmp_path / "x.mp4", Clip(range(0, 512 * 40, 512), options={"qp": "0", "g": "12"}, pictures=grey))
     write_manifest(tmp_path, {"x.mp4": "camera"})
-    config = replace(POOL, stills=0.0, skip_frames=skip_frames, live=True, samples=6)
+    config = replace(POOL, stills=0.0, skip_frames=skip_frames, skip=skip, live=True, samples=6)
     build_pool([tmp_path], tmp_path / "pool", config)
     shown = np.rint(np.load(tmp_path / "pool" / "hq.npy")[..., 0].mean((2, 3)) / 4)
     assert (np.diff(shown, axis=1) == step).all()
@@ -305,12 +305,20 @@ def test_a_camera_that_stands_still_sees_a_crop() -> None:
 def test_a_camera_moves_smoothly_and_stays_in_the_picture() -> None:
     still = torch.nn.functional.interpolate(torch.rand(1, 3, 12, 16, generator=seeded()), (96, 128), mode="bicubic")
     for seed in range(5):
-        window = camera_move(still.clamp(0, 1), 9, 48, seeded(seed))
+        window = camera_move(still.clamp(0, 1), 9, 48, 3.0, seeded(seed))
         steps = (window[1:] - window[:-1]).abs().mean((1, 2, 3))
         assert window.shape == (9, 3, 48, 48)
         assert steps.min() > 0 and steps.max() < 0.2
-        centres = camera_path(96, 128, 9, 48, seeded(seed))[:, :2]
+        centres = camera_path(96, 128, 9, 48, 3.0, seeded(seed))[:, :2]
         assert (centres > 20).all() and (centres < torch.tensor([108.0, 76.0])).all()
+
+
+def test_a_camera_pans_up_to_its_speed() -> None:
+    paths = [camera_path(2000, 2000, 9, 48, 20.0, seeded(seed))[:, :2] for seed in range(40)]
+    speeds = sorted(float((path[-1] - path[0]).norm()) / 8 for path in paths)
+    assert 15 < speeds[-1] < 21
+    assert speeds[20] < 10  # slow ones are more
+    assert speeds[0] < 1
 
 
 def test_a_short_clip_runs_back_and_forth() -> None:

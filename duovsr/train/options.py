@@ -1,4 +1,4 @@
-"""The settings of every training stage, and the recipes that chain them.
+"""The settings of every training stage.
 
 "paper" marks what the paper gives (sections 4.1 and 7); the rest is ours, with its source: starting values of the
 methods that the stage is built from (DMD2, Flow-DPO, progressive distillation), or measured on `tiny`.
@@ -7,8 +7,7 @@ methods that the stage is built from (DMD2, Flow-DPO, progressive distillation),
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, fields
-from typing import Any
+from dataclasses import dataclass, fields
 
 from duovsr.errors import UsageError
 from duovsr.train.checks import check, check_choice, check_parts, check_ranges, check_seed, check_weights
@@ -17,7 +16,7 @@ from duovsr.train.degradation import DegradationConfig
 _ABOVE_ZERO = frozenset(
     "steps batch accumulate crop frames clip keep log_every save_every validate_every validation_samples learning_rate"
     " fake_rate head_rate discriminator_rate shift beta statistics_momentum faithful_every noise_every ssim_scales"
-    " head_width pairs candidates samples side".split()
+    " head_width pairs candidates samples side skip speed".split()
 )
 _BELOW_ONE = frozenset("beta1 beta2 ema prompt_dropout".split())
 
@@ -238,7 +237,9 @@ class PoolConfig:
     validation: bool = False  # from the held-out sources instead of the others
     live: bool = False  # HQ and scale only: the LQ is made anew for every batch
     stills: float = 0.55  # part of the samples made from stills by synthetic camera motion
-    skip_frames: float = 0.3  # part of the clips' samples that show every second frame, for faster motion
+    skip_frames: float = 0.3  # part of the clips' samples that show only every `skip`th frame, for faster motion
+    skip: int = 2
+    speed: float = 3.0  # of the fastest pan over a still, HQ pixels a frame; slow ones are more
     scale_weights: tuple[float, float, float, float] = (0.6, 0.12, 0.18, 0.1)  # of pool.SCALES
     degradation: DegradationConfig = DegradationConfig()
     workers: int = 1  # processes
@@ -291,60 +292,3 @@ class ExportConfig:
         check_choice("only", self.only, ("both", "model", "vae"))
         if bool(self.blend) != (self.share > 0):
             raise UsageError("`blend` and `share` go together", hint="add `--set blend=RUN` or `--set share=0.5`")
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """Stages in order, for a preset."""
-
-    preset: str
-    stages: dict[str, StageConfig] = field(default_factory=dict)
-
-
-_PAPER: dict[str, Any] = {
-    "crop": 720,  # the paper does not say
-    "frames": 21,
-    "checkpointing": True,
-    "beta2": 0.999,
-    "schedule": "constant",
-}
-
-RECIPES: dict[str, Recipe] = {
-    "tiny": Recipe(
-        "tiny",
-        {
-            "vae": VAEConfig(),
-            "base": BaseConfig(),
-            "cfg": CFGConfig(),
-            "progressive": ProgressiveConfig(steps=150, start=64),
-            "dual": DualConfig(steps=1000),
-            "prefs": PrefsConfig(pairs=500),
-            "dpo": DPOConfig(steps=300),
-            "refine": RefineConfig(
-                steps=5000,
-                learning_rate=3e-4,
-                batch=2,
-                frames=9,
-                ssim_weight=1.0,
-                ssim_scales=3,
-                temporal_weight=5.0,
-                detail_weight=0.3,
-                adversarial_weight=0.04,
-                adversarial_start=2000,
-            ),
-        },
-    ),
-    "paper": Recipe(
-        "1.3b",
-        {
-            "base": BaseConfig(steps=10_000, batch=64, learning_rate=1e-5, shift=5.0, **_PAPER),
-            "cfg": CFGConfig(steps=500, batch=32, learning_rate=1e-6, guidance=4.0, shift=5.0, **_PAPER),
-            "progressive": ProgressiveConfig(steps=500, batch=32, learning_rate=1e-6, shift=5.0, **_PAPER),
-            "dual": DualConfig(
-                steps=2000, batch=32, learning_rate=2e-6, fake_rate=2e-6, head_rate=2e-5, clip=10.0, **_PAPER
-            ),
-            "prefs": PrefsConfig(rankers=("lpips", "musiq", "dover"), **_PAPER),
-            "dpo": DPOConfig(steps=1000, batch=32, learning_rate=1e-6, **_PAPER),
-        },
-    ),
-}

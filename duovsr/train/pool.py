@@ -50,7 +50,7 @@ def chance(probability: float, generator: Generator) -> bool:
     return torch.rand((), generator=generator).item() < probability
 
 
-def camera_move(still: Tensor, frames: int, side: int, generator: Generator) -> Tensor:
+def camera_move(still: Tensor, frames: int, side: int, fastest: float, generator: Generator) -> Tensor:
     """A window that pans, zooms and turns over a still (1, 3, H, W) in [0, 1] -> (frames, 3, side, side) in [0, 1]."""
     short = min(still.shape[2:])
     room = short / (side * 1.15)
@@ -59,7 +59,7 @@ def camera_move(still: Tensor, frames: int, side: int, generator: Generator) -> 
         zoom = uniform(1, min(room, max(2.2, _scene_zoom(short, side))), generator)
         still = F.interpolate(still, scale_factor=1 / zoom, mode="bicubic", antialias=True).clamp(0, 1)
     height, width = still.shape[2:]
-    return view(still, camera_path(height, width, frames, side, generator), side)
+    return view(still, camera_path(height, width, frames, side, fastest, generator), side)
 
 
 def _scene_zoom(short: int, side: int) -> float:
@@ -67,10 +67,10 @@ def _scene_zoom(short: int, side: int) -> float:
     return short / (3 * side)
 
 
-def camera_path(height: int, width: int, frames: int, side: int, generator: Generator) -> Tensor:
-    """(frames, 4): the window's centre x and y in pixels, angle in radians, and scale."""
+def camera_path(height: int, width: int, frames: int, side: int, fastest: float, generator: Generator) -> Tensor:
+    """(frames, 4): the window's centre x and y in pixels, `fastest` a frame at most, angle in radians, and scale."""
     span = torch.linspace(-0.5, 0.5, frames) * (frames - 1)
-    speed, heading = uniform(0, 3.0, generator) ** 2 / 3.0, uniform(-math.pi, math.pi, generator)
+    speed, heading = uniform(0, fastest, generator) ** 2 / fastest, uniform(-math.pi, math.pi, generator)
     shake = torch.cumsum(torch.randn(frames, 2, generator=generator) * uniform(0, 0.4, generator), 0)
     reach = side / 2 + speed * frames / 2 + 4
     x, y = (uniform(min(reach, size / 2), max(size - reach, size / 2), generator) for size in (width, height))
@@ -261,7 +261,7 @@ def _make_rows(out: Path, config: PoolConfig, task: Task) -> tuple[dict[int, flo
         try:
             if source.still:
                 photo = _read_photo(source, config.side) if photo is None else photo
-                window = camera_move(photo, config.frames, config.side, generator)
+                window = camera_move(photo, config.frames, config.side, config.speed, generator)
             else:
                 window = _clip_window(source, config, generator)
         except InputError as error:
@@ -282,9 +282,10 @@ def _read_photo(source: Source, side: int) -> Tensor:
 
 
 def _clip_window(source: Source, config: PoolConfig, generator: Generator) -> Tensor:
-    """(frames, 3, side, side) in [0, 1] from a random time and place: every frame, or every second one."""
+    """(frames, 3, side, side) in [0, 1] from a random time and place: every frame, or every `skip`th one."""
     with open_footage(source, config.side) as footage:
-        step = 2 if chance(config.skip_frames, generator) and footage.length > 2 * (config.frames - 1) else 1
+        skipping = chance(config.skip_frames, generator) and footage.length > config.skip * (config.frames - 1)
+        step = config.skip if skipping else 1
         last = max(0, footage.length - 1 - step * (config.frames - 1))
         clip = footage.read(int(torch.randint(last + 1, (), generator=generator)), config.frames, step)
     return crop_clip(clip, config.frames, config.side, generator)

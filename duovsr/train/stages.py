@@ -24,7 +24,6 @@ from duovsr.train.encode_prompt import PromptConfig, encode_prompt
 from duovsr.train.journal import SETTINGS, note_settings, refuse_others, sole_owner
 from duovsr.train.loop import Run
 from duovsr.train.options import (
-    RECIPES,
     BaseConfig,
     CFGConfig,
     DPOConfig,
@@ -42,6 +41,7 @@ from duovsr.train.options import (
 from duovsr.train.pool import RECORD as POOL_RECORD
 from duovsr.train.pool import build_pool
 from duovsr.train.rankers import make_rankers
+from duovsr.train.recipes import RECIPES
 from duovsr.train.refine import train_refine
 from duovsr.train.roles import DiffusionModel, Inputs, fill
 from duovsr.train.runs import FINAL, export, load_weights, pick
