@@ -28,6 +28,7 @@ from duovsr.video.reader import VideoReader
 
 RESULT = RESULTS / "autoencoder.json"
 SETS = ("real", "bi")
+SCALE = 4.0  # of both
 
 
 def frames_of(path: Path, count: int) -> Tensor:
@@ -47,9 +48,9 @@ def decodes(vae: TinyVAE, truth: Tensor, lq: Tensor) -> dict[str, Tensor]:
     latents, _ = vae.encode(truth.to(dtype))
     grey = torch.zeros_like(lq)
     return {
-        "truth's latents and LQ": vae.decode(latents.to(dtype), lq)[0],
-        "LQ alone": vae.decode(None, lq)[0],
-        "truth's latents alone": vae.decode(latents.to(dtype), grey)[0],
+        "truth's latents and LQ": vae.decode(latents.to(dtype), lq, scale=SCALE)[0],
+        "LQ alone": vae.decode(None, lq, scale=SCALE)[0],
+        "truth's latents alone": vae.decode(latents.to(dtype), grey, scale=SCALE)[0],
         "resized LQ": lq,
     }
 

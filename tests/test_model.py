@@ -53,10 +53,10 @@ def test_unshuffle_inverts_shuffle_and_keeps_pixels_apart(factor: int) -> None:
 def test_streamed_equals_whole(small_model: OneStepModel, cuts: list[int], strength: float) -> None:
     torch.manual_seed(1)
     lq = torch.rand(1, 3, 17, 48, 80) * 2 - 1
-    whole, _ = small_model.restore(lq, None, seed=3, strength=strength)
+    whole, _ = small_model.restore(lq, None, seed=3, scale=4, strength=strength)
     state, parts = None, []
     for start, end in pairwise(cuts):
-        part, state = small_model.restore(lq[:, :, start:end], state, seed=3, strength=strength)
+        part, state = small_model.restore(lq[:, :, start:end], state, seed=3, scale=4, strength=strength)
         parts.append(part)
     assert_close(torch.cat(parts, dim=2), whole, rtol=0, atol=1e-5)
 
@@ -65,7 +65,7 @@ def test_streamed_equals_whole(small_model: OneStepModel, cuts: list[int], stren
 @torch.inference_mode()
 def test_a_state_holds_nothing_else_alive(small_model: OneStepModel, strength: float) -> None:
     """It is held on the device, and saved with every piece of a job."""
-    _, state = small_model.restore(torch.zeros(1, 3, 17, 32, 32), None, seed=0, strength=strength)
+    _, state = small_model.restore(torch.zeros(1, 3, 17, 32, 32), None, seed=0, scale=4, strength=strength)
     kept = [
         *state.encoder.memories,
         *(memory for part in (state.decoder, state.faithful) if part for memory in part.memories),
@@ -80,15 +80,15 @@ def test_the_future_does_not_change_the_past(small_model: OneStepModel) -> None:
     lq = torch.rand(1, 3, 13, 32, 32) * 2 - 1
     changed = lq.clone()
     changed[:, :, 9:] = 0
-    first, _ = small_model.restore(lq, None, seed=0)
-    second, _ = small_model.restore(changed, None, seed=0)
+    first, _ = small_model.restore(lq, None, seed=0, scale=4)
+    second, _ = small_model.restore(changed, None, seed=0, scale=4)
     assert_close(first[:, :, :9], second[:, :, :9])
     assert not torch.allclose(first[:, :, 9:], second[:, :, 9:])
 
 
 def test_seeds_differ_and_repeat(small_model: OneStepModel) -> None:
     lq = torch.rand(1, 3, 5, 32, 32) * 2 - 1
-    first, again, other = (small_model.restore(lq, None, seed=seed)[0] for seed in (0, 0, 1))
+    first, again, other = (small_model.restore(lq, None, seed=seed, scale=4)[0] for seed in (0, 0, 1))
     assert torch.equal(first, again)
     assert (first - other).abs().mean() > 1e-4
 

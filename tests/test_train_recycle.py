@@ -12,6 +12,7 @@ from duovsr.train.vae import _begin
 
 CONFIG = TinyVAEConfig(encoder_width=8, width_8=8, width_4=8, latent_blocks=1, blocks_8=1, blocks_4=1)
 DORMANT = torch.tensor([1, 4, 6])
+SCALE = torch.tensor([4.0, 2.0])
 
 
 def with_dormant() -> TinyVAE:
@@ -32,7 +33,7 @@ def pictures() -> Tensor:
 
 
 def decoded(vae: TinyVAE, lq: Tensor) -> Tensor:
-    return vae.decode(vae.encode(lq)[0], lq)[0]
+    return vae.decode(vae.encode(lq)[0], lq, scale=SCALE)[0]
 
 
 def generator() -> torch.Generator:
@@ -49,18 +50,18 @@ def test_dead_features_begin_anew_and_nothing_changes_at_first() -> None:
     before = decoded(vae, lq)
     blocks = [type(block) for block in vae.decoder.modules() if isinstance(block, MemoryBlock | ResBlock)]
     layers = 2 * blocks.count(MemoryBlock) + blocks.count(ResBlock)
-    dormant, of = recycle(vae, lq, 0.0, generator())
+    dormant, of = recycle(vae, lq, SCALE, 0.0, generator())
     begun_in_blocks = sum(int(chosen.sum()) for chosen in begun_anew(vae))
     assert of == 8 * layers + 8 and begun_in_blocks + len(DORMANT) <= dormant <= begun_in_blocks + 8
     assert all(chosen[DORMANT].all() and not chosen.all() for chosen in begun_anew(vae))
     torch.testing.assert_close(decoded(vae, lq), before)
     lq = pictures()
-    assert recycle(vae, lq, 0.0, generator())[0] < dormant / 4, "what began anew is alive"
+    assert recycle(vae, lq, SCALE, 0.0, generator())[0] < dormant / 4, "what began anew is alive"
 
 
 def test_the_others_are_left_alone() -> None:
     vae, untouched = with_dormant(), with_dormant()
-    recycle(vae, pictures(), 0.0, generator())
+    recycle(vae, pictures(), SCALE, 0.0, generator())
     later = [conv for features in features_of(vae) for conv in features.made_by]  # whose rows begin anew themselves
     for now, then, chosen in zip(features_of(vae), features_of(untouched), begun_anew(vae), strict=True):
         for conv, other in zip(now.made_by, then.made_by, strict=True):
@@ -73,14 +74,14 @@ def test_the_others_are_left_alone() -> None:
 
 
 def test_a_higher_threshold_takes_the_nearly_dormant_too() -> None:
-    dormant, _ = recycle(with_dormant(), pictures(), 0.0, generator())
-    small, of = recycle(with_dormant(), pictures(), 1.0, generator())
+    dormant, _ = recycle(with_dormant(), pictures(), SCALE, 0.0, generator())
+    small, of = recycle(with_dormant(), pictures(), SCALE, 1.0, generator())
     assert dormant < small < of, "up to the mean of a layer, but never all of it"
 
 
 def test_they_learn_again() -> None:
     vae, lq = with_dormant(), pictures()
-    recycle(vae, lq, 0.0, generator())
+    recycle(vae, lq, SCALE, 0.0, generator())
     vae.decoder.requires_grad_(True)
     decoded(vae, lq).square().mean().backward()
     moved = []
@@ -92,7 +93,7 @@ def test_they_learn_again() -> None:
 
 def test_dormant_features_of_the_lq_see_color_and_no_light() -> None:
     vae = with_dormant()
-    recycle(vae, pictures(), 0.0, generator())
+    recycle(vae, pictures(), SCALE, 0.0, generator())
     red = torch.tensor([1.0, -0.5, -0.5]).view(1, 3, 1, 1).expand(1, 3, 16, 16)
     seen = [vae.decoder.lq_in(unshuffle(picture, 4))[0, DORMANT, 2, 2] for picture in (red, -red, torch.ones_like(red))]
     assert (seen[0].abs() > 0.01).all()
@@ -108,5 +109,5 @@ def test_training_from_nothing_begins_with_the_lq_and_no_dormant_features() -> N
     assert torch.equal(decoded(vae, lq), lq)
     flat = vae.encoder.conv_in(torch.full((1, 192, 4, 4), 0.7))
     torch.testing.assert_close(flat[..., 1:-1, 1:-1], torch.zeros(1, 8, 2, 2), rtol=0, atol=1e-5)  # differences alone
-    dormant, of = recycle(vae, lq, 0.0, generator())
+    dormant, of = recycle(vae, lq, SCALE, 0.0, generator())
     assert dormant <= of / 5

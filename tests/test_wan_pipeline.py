@@ -68,7 +68,7 @@ def test_every_call_is_a_clip_of_its_own(upscaler: Upscaler) -> None:
     frames = moving(25)
     lq = lq_frames(frames)
     first, second = (
-        as_pixels(upscaler.model.restore(lq[:, :, start:end], None, seed=0, origin=(start // 4, 0, 0))[0])
+        as_pixels(upscaler.model.restore(lq[:, :, start:end], None, seed=0, scale=4, origin=(start // 4, 0, 0))[0])
         for start, end in ((0, 21), (16, 25))
     )
     faded = [first[16 + i] + (i + 1) / 6 * (second[i] - first[16 + i]) for i in range(5)]
@@ -103,7 +103,7 @@ def test_clips_that_overlap_more_differ_less_at_their_borders(upscaler: Upscaler
 def test_a_window_of_the_whole_frame_is_full_attention(upscaler: Upscaler) -> None:
     lq = lq_frames(moving(5, 48, 32))  # 6 x 4 tokens
     full, whole, local = (
-        model.restore(lq, None, seed=0)[0]
+        model.restore(lq, None, seed=0, scale=4)[0]
         for model in (upscaler.model, with_window(upscaler.model, 96), with_window(upscaler.model, 32))
     )
     assert_close(whole, full, rtol=0, atol=1e-5)
@@ -143,7 +143,7 @@ def plan_of(upscaler: Upscaler, **changes: int | bool) -> Plan:
 @pytest.mark.parametrize(("frames", "latents"), [(0, 0), (1, 0), (4, 0), (8, 0), (0, 1), (2, 2), (0, 3)])
 def test_pieces_of_any_length_give_the_same(upscaler: Upscaler, frames: int, latents: int) -> None:
     lq = lq_frames(moving(13))
-    expected, _ = upscaler.model.restore(lq, None, seed=1, strength=0.7)
+    expected, _ = upscaler.model.restore(lq, None, seed=1, scale=4, strength=0.7)
     plan = plan_of(upscaler, vae_frames=frames, vae_latents=latents)
     result = restore_clip(upscaler.model, lq, plan, seed=1, strength=0.7, origin=(0, 0, 0))
     assert_close(result, expected, rtol=0, atol=1e-5)

@@ -81,7 +81,7 @@ def _decode_tile(model: OneStepModel, z: Tensor | None, lq: Tensor, plan: Plan) 
         return model.decode(z, lq, scale=plan.scale)[0]
     state, result = None, torch.empty_like(lq)
     for steps, frames in calls:
-        part, state = model.decode(None if z is None else z[:, :, steps], lq[:, :, frames], state, plan.scale)
+        part, state = model.decode(None if z is None else z[:, :, steps], lq[:, :, frames], state, scale=plan.scale)
         result[:, :, frames] = part
     return result
 

@@ -183,7 +183,7 @@ class WatchedModel(OneStepModel):
             return super().generate(z_lq, seed, place, state)
 
     def decode(
-        self, latents: Tensor | None, lq: Tensor, state: VAEState | None = None, scale: float = 4.0
+        self, latents: Tensor | None, lq: Tensor, state: VAEState | None = None, *, scale: float
     ) -> tuple[Tensor, VAEState]:
         with self.watch("decode"):
-            return super().decode(latents, lq, state, scale)
+            return super().decode(latents, lq, state, scale=scale)

@@ -100,14 +100,14 @@ class OneStepModel:
         return eps - velocity, state
 
     def decode(
-        self, latents: Tensor | None, lq: Tensor, state: VAEState | None = None, scale: float = 4.0
+        self, latents: Tensor | None, lq: Tensor, state: VAEState | None = None, *, scale: float
     ) -> tuple[Tensor, VAEState]:
         """Frames like `lq`, which was enlarged by `scale`; not clamped. With `latents` None the faithful ones.
 
         TinyVAE's decoder sees the LQ. Wan2.1's does not, and faithful to the LQ are its own, bicubic, frames.
         """
         if isinstance(self.vae, TinyVAE):
-            return self.vae.decode(latents, lq, state, scale)
+            return self.vae.decode(latents, lq, state, scale=scale)
         return (lq, VAEState(())) if latents is None else self.vae.decode(latents, state)
 
     @torch.inference_mode()
@@ -117,9 +117,9 @@ class OneStepModel:
         state: RestoreState | None,
         *,
         seed: int,
+        scale: float,
         strength: float = 1.0,
         origin: tuple[int, int, int] = (0, 0, 0),
-        scale: float = 4.0,
     ) -> tuple[Tensor, RestoreState]:
         """Restore LQ frames (1, 3, T, H, W) in [-1, 1], enlarged by `scale` to the target; H and W multiples of 16.
 
@@ -130,15 +130,15 @@ class OneStepModel:
         """
         index = origin[0] if state is None else state.next_latent
         if strength == 0:
-            frames, faithful = self.decode(None, lq, None if state is None else state.faithful, scale)
+            frames, faithful = self.decode(None, lq, None if state is None else state.faithful, scale=scale)
             encoder = VAEState(()) if state is None else state.encoder
             return frames, RestoreState(index, encoder, None, None, faithful)
         z_lq, encoder = self.encode(lq, None if state is None else state.encoder)
         place = (index, origin[1] // SPATIAL_FACTOR, origin[2] // SPATIAL_FACTOR)
         z_0, transformer = self.generate(z_lq, seed, place, None if state is None else state.transformer)
-        frames, decoder = self.decode(z_0, lq, None if state is None else state.decoder, scale)
+        frames, decoder = self.decode(z_0, lq, None if state is None else state.decoder, scale=scale)
         plain_state = None
         if strength < 1:
-            plain, plain_state = self.decode(None, lq, None if state is None else state.faithful, scale)
+            plain, plain_state = self.decode(None, lq, None if state is None else state.faithful, scale=scale)
             frames = plain + strength * (frames - plain)
         return frames, RestoreState(index + z_lq.shape[2], encoder, transformer, decoder, plain_state)

@@ -183,7 +183,7 @@ class TinyVAE(nn.Module):
         return (latents - mean) / std, VAEState((memory,))
 
     def decode(
-        self, latents: Tensor | None, lq: Tensor, state: VAEState | None = None, scale: float | Tensor = 4.0
+        self, latents: Tensor | None, lq: Tensor, state: VAEState | None = None, *, scale: float | Tensor
     ) -> tuple[Tensor, VAEState]:
         """Decode normalised latents with the LQ frames of the same times at the target size (B, 3, T, H, W), to which
         they were enlarged by `scale`, one for all or (B,).

@@ -36,15 +36,16 @@ def features_of(vae: TinyVAE) -> Iterator[Features]:
             yield Features((block.first,), block.second)
 
 
-def recycle(vae: TinyVAE, lq: Tensor, threshold: float, generator: torch.Generator) -> tuple[int, int]:
+def recycle(vae: TinyVAE, lq: Tensor, scale: Tensor, threshold: float, generator: torch.Generator) -> tuple[int, int]:
     """Start dormant features anew; returns how many, and of how many.
 
-    Dormant: at most `threshold` times as large, on LQ frames (B, 3, T, H, W) restored by their own latents, as the mean
-    of their layer. Such a one is made from random weights as large as its neighbours', and taken with a weight of
-    zero: what the decoder gives changes by no more than what was dormant. `vae` is frozen as yet.
+    Dormant: at most `threshold` times as large, on LQ frames (B, 3, T, H, W), enlarged by `scale` (B,), restored by
+    their own latents, as the mean of their layer. Such a one is made from random weights as large as its neighbours',
+    and taken with a weight of zero: what the decoder gives changes by no more than what was dormant. `vae` is frozen
+    as yet.
     """
     everything = list(features_of(vae))
-    sizes = _sizes(vae, lq, [*(features.taken_by for features in everything), vae.decoder.lq_down])
+    sizes = _sizes(vae, lq, scale, [*(features.taken_by for features in everything), vae.decoder.lq_down])
     dormant = 0
     for features in everything:
         chosen = _small(sizes[features.taken_by], threshold)
@@ -56,7 +57,7 @@ def recycle(vae: TinyVAE, lq: Tensor, threshold: float, generator: torch.Generat
     return dormant + int(chosen.sum()), sum(features.taken_by.in_channels for features in everything) + width
 
 
-def _sizes(vae: TinyVAE, lq: Tensor, modules: list[nn.Conv2d]) -> dict[nn.Module, Tensor]:
+def _sizes(vae: TinyVAE, lq: Tensor, scale: Tensor, modules: list[nn.Conv2d]) -> dict[nn.Module, Tensor]:
     """The mean of every feature that these modules take in; they come from ReLUs, and none is below zero."""
     sizes: dict[nn.Module, Tensor] = {}
 
@@ -66,7 +67,7 @@ def _sizes(vae: TinyVAE, lq: Tensor, modules: list[nn.Conv2d]) -> dict[nn.Module
     hooks = [module.register_forward_pre_hook(note) for module in modules]
     with torch.enable_grad():  # without it, convolutions may bypass their modules
         latents, _ = vae.encode(lq)
-        vae.decode(latents, lq)
+        vae.decode(latents, lq, scale=scale)
     for hook in hooks:
         hook.remove()
     return sizes

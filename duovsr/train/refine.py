@@ -65,7 +65,7 @@ class Refinement:
         if config.recycle > 0:
             draws = Draws.of(range(_LOOKED_AT), seed=config.seed, step=0, part=2, device=self.run.device)
             frames = self.pool.frames(draws, config.crop, config.frames)
-            recycle(self.vae, frames.lq, config.recycle, torch.Generator().manual_seed(config.seed))
+            recycle(self.vae, frames.lq, frames.scale, config.recycle, torch.Generator().manual_seed(config.seed))
 
     def _restore(self, lq: Tensor, scale: Tensor, draws: Draws, step: int) -> tuple[Tensor, Tensor | None]:
         """The output (B, 3, T, H, W) and, every `noise_every` steps, how far the effect of two noises on the update's
