@@ -160,11 +160,12 @@ def counted(record: Record) -> Figure:
 
 
 def training(record: Record) -> Figure:
-    """Validations of the runs one after another; values of different windows do not compare."""
+    """Validations of the runs in pixels, one after another; values of different windows do not compare."""
+    runs = {name: run for name, run in record["runs"].items() if run["stage"] == "refine"}
     figure, axes = panels(len(VALIDATIONS), "Training of tiny: means over held-out windows")
     for axis, (key, title) in zip(axes, VALIDATIONS.items(), strict=True):
         before = 0
-        for place, (name, run) in enumerate(record["runs"].items()):
+        for place, (name, run) in enumerate(runs.items()):
             windows = "{validation_samples} of {crop}x{crop}x{frames}".format(**run["settings"])
             points = [(before + row["step"], row[key]) for row in run["validation"]]
             curve(axis, points, f"C{place}", f"{name}: {windows}")
