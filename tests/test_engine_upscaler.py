@@ -138,9 +138,9 @@ def test_the_model_is_told_the_scale(
 ) -> None:
     decode, told = OneStepModel.decode, []
 
-    def noted(self: OneStepModel, z: object, lq: object, state: object = None, scale: float = 0.0) -> object:
+    def noted(self: OneStepModel, z: object, lq: object, state: object = None, *, scale: float) -> object:
         told.append(scale)
-        return decode(self, z, lq, state, scale)  # type: ignore[arg-type]
+        return decode(self, z, lq, state, scale=scale)  # type: ignore[arg-type]
 
     monkeypatch.setattr(OneStepModel, "decode", noted)
     list(small_upscaler.stream(moving(9, 64, 48), UpscaleOptions(scale=1.5, strength=strength, chunk=4)))
