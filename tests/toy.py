@@ -104,7 +104,7 @@ class ToyVAE(TinyVAE):
         return SCALE * frames, VAEState(())
 
     def decode(
-        self, latents: Tensor | None, lq: Tensor, state: VAEState | None = None, scale: float | Tensor = 4.0
+        self, latents: Tensor | None, lq: Tensor, state: VAEState | None = None, *, scale: float | Tensor
     ) -> tuple[Tensor, VAEState]:
         assert latents is not None
         return latents / SCALE, VAEState(())
