@@ -168,6 +168,7 @@ def test_one_process_stages_refuse_many(tmp_path: Path, monkeypatch: pytest.Monk
         ("tune", ["samples=0"], "unsupported samples: `0`"),
         ("export", ["share=0.5"], "`blend` and `share` go together"),
         ("export", ["blend=run"], "`blend` and `share` go together"),
+        ("export", ["only=vae"], "`only` says what is blended"),
         ("recipe", ["base=on"], "not a single value"),
         ("pool", ["degradation.first=off"], "not a single value"),
         ("pool", ["seed.x=1"], "unknown setting"),

@@ -292,3 +292,5 @@ class ExportConfig:
         check_choice("only", self.only, ("both", "model", "vae"))
         if bool(self.blend) != (self.share > 0):
             raise UsageError("`blend` and `share` go together", hint="add `--set blend=RUN` or `--set share=0.5`")
+        if self.only != "both" and not self.blend:
+            raise UsageError("`only` says what is blended", hint="add `--set blend=RUN --set share=0.5`, or leave it out")
