@@ -80,6 +80,27 @@ def test_the_stages_in_pixels_train_as_one_too(training_pool: Path, vae: Path, a
         assert losses(tmp_path / "two", name) == pytest.approx(losses(tmp_path / "one", name), abs=1e-4), name
 
 
+@pytest.mark.parametrize("streams", ["joint", "dmd"])
+def test_the_dual_streams_train_as_one_too(training_pool: Path, alone: Path, tmp_path: Path, streams: str) -> None:
+    """At a rate at which an update that some parameters missed is seen in the weights."""
+    given = (training_pool, alone, *SETTINGS, "steps=3", f"streams={streams}", "fake_rate=1e-3", "learning_rate=1e-3")
+    for processes in (1, 2):
+        launch(processes, "dual", tmp_path / str(processes), *given)
+    for name in ("loss", "fake_score"):
+        mine, theirs = (losses(tmp_path / processes, name) for processes in ("2", "1"))
+        assert mine == pytest.approx(theirs, rel=1e-3), name
+    mine, theirs = (torch.load(tmp_path / each / "final.pt", weights_only=True)["model"] for each in ("2", "1"))
+    assert max((mine[name] - theirs[name]).abs().max() for name in mine) < 1e-4
+
+
+def test_a_job_that_is_stopped_saves_where_it_was(training_pool: Path, vae: Path, alone: Path, tmp_path: Path) -> None:
+    arguments = ("base", tmp_path / "run", training_pool, vae, *SETTINGS, "steps=6", "save_every=100")
+    assert launch(2, *arguments, check=False, STOP=str(tmp_path / "stopped")) != 0
+    assert (tmp_path / "run" / "checkpoints" / "latest").read_text() == "step_00000004"
+    launch(2, *arguments, STOP=str(tmp_path / "stopped"))
+    assert losses(tmp_path / "run") == pytest.approx(losses(alone), abs=1e-4)
+
+
 def test_stages_follow_each_other_in_one_job(training_pool: Path, vae: Path, alone: Path, tmp_path: Path) -> None:
     """As in a recipe. Latents are made by the first rank alone, while the other waits."""
     script = tmp_path / "chain.py"
@@ -97,16 +118,15 @@ def test_stages_follow_each_other_in_one_job(training_pool: Path, vae: Path, alo
 
 
 def test_a_checkpoint_of_two_processes_is_the_same_on_one_and_three(tmp_path: Path) -> None:
-    launch(2, "state", tmp_path / "checkpoints")
     states: list[Any] = []
-    for processes in (1, 3):
+    for processes in (2, 1, 3):
         launch(processes, "state", tmp_path / "checkpoints", tmp_path / f"{processes}.pt")
         states.append(torch.load(tmp_path / f"{processes}.pt", weights_only=True))
     leaves = [torch.utils._pytree.tree_leaves(state) for state in states]
     tensors = [[leaf for leaf in each if isinstance(leaf, torch.Tensor)] for each in leaves]
     assert len(tensors[0]) > 50
-    for mine, theirs in zip(*tensors, strict=True):
-        assert torch.equal(mine, theirs)
+    for saved, *loaded in zip(*tensors, strict=True):
+        assert all(torch.equal(saved, each) for each in loaded)
 
 
 def kills(count: int, folder: Path, steps: int) -> str:

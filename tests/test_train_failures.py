@@ -90,16 +90,35 @@ def test_export_refuses_the_weights_of_another_preset(base: Path, tmp_path: Path
         (["base=off"], "stage `cfg` has no `model` to start from"),
         (["vae=off"], "stage `base` has no `vae` to start from"),
         (["refine.frames=21"], "asks for 21 frames .* has 9 of 72"),
+        (["refine.batch=3"], "batch 3 does not divide by 2 processes"),
     ],
 )
 def test_a_recipe_refuses_before_its_first_stage(
-    training_pool: Path, tmp_path: Path, small_preset: None, settings: list[str], words: str
+    training_pool: Path,
+    tmp_path: Path,
+    small_preset: None,
+    monkeypatch: pytest.MonkeyPatch,
+    settings: list[str],
+    words: str,
 ) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
     job = Job("recipe", tmp_path / "runs", data=(training_pool,), name="tiny")
     small = [f"{s}.{k}" for s in resolve(job, []) for k in ("crop=64", "frames=5") if s not in ("dpo", "prefs")]
     with pytest.raises(DuovsrError, match=words):
         run_job(job, resolve(job, [*small, "prefs=off", "dpo=off", *settings]))
     assert not (tmp_path / "runs" / "vae").exists()
+
+
+@pytest.mark.parametrize("stage", ["vae", "prefs", "refine"])
+def test_a_recipe_on_latents_refuses_stages_in_pixels(
+    training_pool: Path, base: Path, tmp_path: Path, small_preset: None, stage: str
+) -> None:
+    latents = run_stage("latents", tmp_path / "latents", "samples=2", data=(training_pool,), init=base)
+    job = Job("recipe", tmp_path / "runs", data=(latents,), init=base, name="tiny")
+    off = [f"{name}=off" for name in ("vae", "prefs", "dpo", "refine") if name != stage]
+    with pytest.raises(UsageError, match=f"stage `{stage}` trains on frames, not on what `{latents}` holds"):
+        run_job(job, resolve(job, off))
+    assert not (tmp_path / "runs").exists()
 
 
 def test_what_is_trained_on_is_no_validation(training_pool: Path, tmp_path: Path, small_preset: None) -> None:

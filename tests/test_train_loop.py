@@ -120,6 +120,13 @@ def test_the_schedule_warms_up_and_falls_to_zero() -> None:
     assert learning_rate_factor(99, 100, replace(config, schedule="constant")) == 1.0
 
 
+def test_a_short_stage_has_a_short_warm_up() -> None:
+    """Or a round of progressive distillation would end before it."""
+    factors = [learning_rate_factor(n, 60, StageConfig(warmup=100)) for n in range(60)]
+    assert factors[0] == pytest.approx(1 / 6) and max(factors) > 0.97
+    assert learning_rate_factor(0, 9, StageConfig(warmup=100)) == 1.0
+
+
 def test_the_average_can_be_worn_and_taken_off() -> None:
     line = nn.Linear(2, 2)
     ema = Ema(line, 0.5)

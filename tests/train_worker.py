@@ -1,9 +1,9 @@
 """Processes of a training job on the tests' small preset.
 
 `python -m tests.train_worker STAGE OUT DATA INIT KEY=VALUE ...`, `-` for no INIT; DIE=STEP:RANK:MARKER[,...] in the
-environment kills that rank with SIGKILL before the step, once; DIE_WRITING=MARKER kills a checkpoint's first writer
-before it is pointed to. `python -m tests.train_worker state FOLDER [DUMP]` makes a checkpoint, or loads it and writes
-what was in it.
+environment kills that rank with SIGKILL before the step, once; STOP=MARKER asks the first rank to end in step 3, once;
+DIE_WRITING=MARKER kills a checkpoint's first writer before it is pointed to. `python -m tests.train_worker state FOLDER
+DUMP` makes a checkpoint, or loads the one that is there, and writes what is in it.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ from duovsr.train.stages import Job, resolve, run_job
 from tests.conftest import SMALL
 
 
-def die_once(marker: Path) -> None:
+def die_once(marker: Path, of: signal.Signals = signal.SIGKILL) -> None:
     if not marker.exists():
         marker.touch()
-        os.kill(os.getpid(), signal.SIGKILL)
+        os.kill(os.getpid(), of)
 
 
-def die_at(deaths: list[tuple[int, int, Path]]) -> None:
+def die_at(deaths: list[tuple[int, int, Path]], of: signal.Signals = signal.SIGKILL) -> None:
     original = Run.micro_batches
 
     def micro_batches(self: Run, at: int, part: int = 0) -> Iterator[Draws]:
         for step, rank, marker in deaths:
             if (at, self.world.rank) == (step, rank):
-                die_once(marker)
+                die_once(marker, of)
         return original(self, at, part)
 
     Run.micro_batches = micro_batches  # type: ignore[method-assign]
@@ -57,23 +57,24 @@ def die_writing(marker: Path) -> None:
     Checkpoints.wait = wait  # type: ignore[method-assign]
 
 
-def checkpoint(folder: Path, dump: Path | None) -> None:
+def checkpoint(folder: Path, dump: Path) -> None:
     """A model and its optimiser after one update, on any number of processes."""
     with joined("cpu") as world:
-        torch.manual_seed(0)
+        checkpoints = Checkpoints(folder, keep=3)
+        there = checkpoints.latest() is not None
+        torch.manual_seed(int(there))  # what is loaded is not what is there anyway
         model = place(DiffusionModel(SMALL), world)
-        optimizer = torch.optim.AdamW(model.parameters(), 0.0 if dump else 1e-3)
+        optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
         x, sigma = torch.linspace(-1, 1, 16 * 32).view(1, 16, 2, 4, 4), torch.full((1,), 0.5)
         model(x, x, sigma).square().sum().backward()
         optimizer.step()
         modules, optimizers = get_state_dict(model, [optimizer])
         state = {"modules": modules, "optimizers": optimizers}
-        checkpoints = Checkpoints(folder, keep=3)
-        if dump is None:
+        if there:
+            checkpoints.load(state)
+        else:
             checkpoints.save(state, 1)
             checkpoints.wait()
-            return
-        assert checkpoints.load(state)
         whole = tree_map_only(torch.Tensor, full, state)
         if world.first:
             torch.save(whole, dump)
@@ -83,13 +84,15 @@ def main() -> None:
     torch.set_num_threads(1)
     stage, *rest = sys.argv[1:]
     if stage == "state":
-        checkpoint(Path(rest[0]), Path(rest[1]) if len(rest) > 1 else None)
+        checkpoint(Path(rest[0]), Path(rest[1]))
         return
     out, data, init, *settings = rest
     PRESETS["tiny"] = SMALL
     if deaths := os.environ.get("DIE"):
         parts = (death.split(":") for death in deaths.split(","))
         die_at([(int(step), int(rank), Path(marker)) for step, rank, marker in parts])
+    if marker := os.environ.get("STOP"):
+        die_at([(3, 0, Path(marker))], signal.SIGTERM)
     if marker := os.environ.get("DIE_WRITING"):
         die_writing(Path(marker))
     job = Job(stage, Path(out), data=(Path(data),), init=None if init == "-" else Path(init))

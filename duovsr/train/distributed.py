@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor
 
@@ -93,6 +93,14 @@ def place(module: Module, world: World, dtype: str = "float32") -> Module:
         if hasattr(module, method):
             register_fsdp_forward_method(module, method)
     return module
+
+
+def set_trained(module: nn.Module, trained: bool) -> None:
+    """`requires_grad_` between two updates. After a forward without gradient a sharded module's own parameters are
+    still the gathered copies, which it would reach in place of the shards."""
+    if isinstance(module, FSDPModule):
+        module.reshard()
+    module.requires_grad_(trained)
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -73,6 +73,17 @@ class Ema:
             mine.copy_(kept)
 
 
+def micro_batch(config: StageConfig, processes: int) -> int:
+    """Samples that each process takes at a time. Raises TrainError where the batch does not divide."""
+    parts = processes * config.accumulate
+    if config.batch % parts:
+        raise TrainError(
+            f"batch {config.batch} does not divide by {processes} processes times accumulate={config.accumulate}",
+            hint=f"use a multiple of {parts}",
+        )
+    return config.batch // parts
+
+
 @dataclass
 class Run:
     """A stage under way: its settings, its place among processes, and how its networks are updated."""
@@ -92,12 +103,7 @@ class Run:
     def micro_batches(self, step: int, part: int = 0) -> Iterator[Draws]:
         """This rank's share of the samples of update `part` of a step."""
         config, world = self.config, self.world
-        size = config.batch // config.accumulate // world.size
-        if size * world.size * config.accumulate != config.batch:
-            raise TrainError(
-                f"batch {config.batch} does not divide by {world.size} processes times accumulate={config.accumulate}",
-                hint=f"use a multiple of {world.size * config.accumulate}",
-            )
+        size = micro_batch(config, world.size)
         for i in range(config.accumulate):
             start = (i * world.size + world.rank) * size
             seed = f"{type(config).__name__}/{config.seed}"  # stages do not see each other's crops and noise again
@@ -154,7 +160,8 @@ class Trained:
 
 def learning_rate_factor(step: int, total: int, config: StageConfig) -> float:
     """Linear warm-up, then a cosine to zero at `total` or a constant."""
-    warm = min(1.0, (step + 1) / max(1, config.warmup))
+    warmup = min(config.warmup, total // 10)  # a round of 60 steps would end before a warm-up of 100
+    warm = min(1.0, (step + 1) / max(1, warmup))
     return warm if config.schedule == "constant" else warm * 0.5 * (1 + math.cos(math.pi * step / total))
 
 
@@ -193,6 +200,7 @@ def run_loop(run: Run, trained: Trained, step_function: StepFunction) -> None:
                 if stopping or exhausted or done % config.save_every == 0 or done == total:
                     checkpoints.save(_state(root, optimizers, emas, position, done), done)
                 if stopping:
+                    checkpoints.wait()
                     raise Interrupted(f"interrupted at step {done} of {total}; saved", stop.number)
                 if exhausted:
                     break

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from duovsr.model import flow
-from duovsr.train.distributed import place
+from duovsr.train.distributed import place, set_trained
 from duovsr.train.draws import Draws
 from duovsr.train.loop import Metrics, Run, Trained, run_loop
 from duovsr.train.losses import hinge_discriminator_loss, hinge_generator_loss
@@ -126,10 +126,10 @@ class DualStream:
 
     def student_update(self, step: int) -> Metrics:
         for module in (self.fake_score, self.heads):
-            module.requires_grad_(False)
+            set_trained(module, False)
         metrics = self.run.update([self.student_optimizer], lambda draws: self._student_loss(draws, step), step)
         for module in (self.fake_score, self.heads):
-            module.requires_grad_(True)
+            set_trained(module, True)
         return metrics
 
     def _student_loss(self, draws: Draws, step: int) -> tuple[Tensor, Metrics]:

@@ -22,7 +22,7 @@ from duovsr.train.data import LATENTS, PAIRS, PAIRS_RECORD, LatentPool, PairPool
 from duovsr.train.distributed import first_alone, joined
 from duovsr.train.encode_prompt import PromptConfig, encode_prompt
 from duovsr.train.journal import SETTINGS, note_settings, refuse_others, sole_owner
-from duovsr.train.loop import Run
+from duovsr.train.loop import Run, micro_batch
 from duovsr.train.options import (
     BaseConfig,
     CFGConfig,
@@ -138,7 +138,7 @@ def run_job(job: Job, config: Any) -> None:
 
     Raises UsageError where `job.out` has what other commands or settings made.
     """
-    if job.stage in _ONE_PROCESS and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if job.stage in _ONE_PROCESS and _processes() > 1:
         raise UsageError(f"stage `{job.stage}` is not for many processes", hint="run it without torchrun")
     if job.stage in _WITHOUT_DATA and job.init is None:
         raise UsageError(f"stage `{job.stage}` needs {_WITHOUT_DATA[job.stage]}", hint="add `--init FOLDER`")
@@ -209,14 +209,25 @@ def _foresee(job: Job, configs: dict[str, StageConfig]) -> None:
     pool = _open(job.data)
     has: set[str] = {"vae", "model"} if job.init else set()
     for stage, config in configs.items():
+        if stage != "prefs":  # which takes one clip at a time
+            micro_batch(config, _processes())
         if isinstance(pool, Pool) and stage != "dpo":
             pool.require(config.crop, config.frames)
+        elif isinstance(pool, PairPool) or stage in ("vae", "prefs", "refine"):
+            raise UsageError(
+                f"stage `{stage}` trains on frames, not on what `{job.data[0]}` holds",
+                hint=f"give a pool, or add `--set {stage}=off`",
+            )
         for needed, maker in (("vae", "vae"), ("model", "base")):
             if needed not in has and stage not in ("vae", maker):
                 raise UsageError(
                     f"stage `{stage}` has no `{needed}` to start from", hint=f"keep `{maker}`, or add `--init FOLDER`"
                 )
         has |= {"vae"} if stage == "vae" else {"vae", "model"}
+
+
+def _processes() -> int:
+    return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def _tune(job: Job, config: TuneConfig) -> None:
@@ -226,7 +237,7 @@ def _tune(job: Job, config: TuneConfig) -> None:
     _held_out(job, config)
     pool, run = job.out / "pool", job.out / "refine"
     with joined(config.device), sole_owner(pool):  # the first refuses a device that is not there
-        build_pool(list(job.data), pool, config.windows())
+        build_pool(list(job.data), pool, config.windows(), split=bool(job.held_out))
     _run_stage(replace(job, stage="refine", data=(pool,), init=init, out=run), config)
     export(run, job.out / "model", job.preset_name, ExportConfig())
 
