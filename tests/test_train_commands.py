@@ -20,6 +20,7 @@ from duovsr.repository import FILES, Model
 from duovsr.train.memory import describe
 from duovsr.train.options import ExportConfig
 from duovsr.train.runs import load_weights
+from duovsr.train.sources import find_sources
 from duovsr.train.stages import Job, resolve, run_job
 from tests.clips import Clip, write_clip
 from tests.conftest import files, run_stage
@@ -159,6 +160,8 @@ def test_one_process_stages_refuse_many(tmp_path: Path, monkeypatch: pytest.Monk
         ("pool", ["samples=0"], "unsupported samples: `0`"),
         ("pool", ["side=100"], "unsupported side: `100`"),
         ("pool", ["stills=1.5"], "unsupported stills: `1.5`"),
+        ("pool", ["speed=0"], "unsupported speed: `0.0`"),
+        ("pool", ["skip=0"], "unsupported skip: `0`"),
         ("pool", ["scale_weights=0,0,0,0"], "unsupported scale_weights"),
         ("pool", ["degradation.clean=2"], "unsupported clean: `2.0`"),
         ("pool", ["degradation.first.blur_sigma=3,1"], "unsupported blur_sigma"),
@@ -188,6 +191,22 @@ def test_a_dry_run_counts_what_is_made_without_training(tmp_path: Path) -> None:
     for stage, settings, samples in (("latents", ["samples=7"], 7), ("prefs", ["pairs=3", "candidates=4"], 12)):
         job = Job(stage, tmp_path)
         assert describe(job, resolve(job, settings), devices=1)["plan"] == {"samples": samples}
+
+
+def test_tune_takes_the_only_clip_there_is(base: Path, tmp_path: Path) -> None:
+    """A pool would hold it out for validation, as one source in twelve; with `--validation`, so does `tune`."""
+    clips = tmp_path / "clips"
+    clips.mkdir()
+    write_clip(clips / "video9.mp4", Clip(size=(96, 80)))
+    assert [source.validation for source in find_sources([clips])] == [True]
+    tune = ("samples=4", "side=72", "adversarial_start=1")
+    run_stage("tune", tmp_path / "mine", *tune, data=(clips,), init=base)
+    assert (tmp_path / "mine" / "model" / "manifest.json").exists()
+    held_out = tmp_path / "held_out"
+    pool = Job("pool", held_out, data=(clips,))
+    run_job(pool, resolve(pool, ["samples=4", "side=72", "validation=true"]))
+    with pytest.raises(InputError, match="none is on this side of the validation split"):
+        run_stage("tune", tmp_path / "other", *tune, data=(clips,), init=base, held_out=(held_out,))
 
 
 def test_tune_refuses_before_it_makes_a_pool(base: Path, training_pool: Path, tmp_path: Path) -> None:

@@ -156,6 +156,15 @@ def test_a_student_without_pairs_is_an_error(
     assert not (tmp_path / "pairs.json").exists()
 
 
+def test_pairs_of_another_autoencoder_are_refused(training_pool: Path, base: Path, tmp_path: Path) -> None:
+    pairs = run_stage("prefs", tmp_path / "pairs", *CLIPS, data=(training_pool,), init=base)
+    vae = run_stage("vae", tmp_path / "vae", "seed=1", data=(training_pool,))
+    other = run_stage("base", tmp_path / "other", data=(training_pool,), init=vae)
+    with pytest.raises(UsageError, match="latents of another autoencoder"):
+        run_stage("dpo", tmp_path / "refused", data=(pairs,), init=other)
+    run_stage("dpo", tmp_path / "dpo", data=(pairs,), init=base)
+
+
 def test_latents_of_another_autoencoder_are_refused(training_pool: Path, base: Path, tmp_path: Path) -> None:
     latents = run_stage("latents", tmp_path / "latents", "samples=2", data=(training_pool,), init=base)
     other = run_stage("vae", tmp_path / "other", "seed=1", data=(training_pool,))

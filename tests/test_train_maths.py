@@ -51,7 +51,7 @@ class GaussianFlow(nn.Module):
         return noisy * deviation[1] / deviation[0]
 
 
-def test_the_flow_loss_is_least_at_the_mean_velocity() -> None:
+def test_the_velocity_of_a_sample_leads_back_to_it() -> None:
     x0, eps = latents(0), latents(1)
     sigma = torch.tensor([0.3, 0.9], dtype=torch.float64)
     noisy, v = flow.add_noise(x0, eps, sigma), flow.velocity_target(x0, eps)

@@ -174,8 +174,10 @@ class PairPool:
         record = folder / PAIRS_RECORD
         if not record.is_file():  # written last
             raise InputError(f"no finished preference pairs in `{folder}`", hint="make them with `duovsr train prefs`")
+        self.folder = folder
         try:
-            count = json.loads(record.read_text())["pairs"]
+            noted = json.loads(record.read_text())
+            count, self.encoded_by = noted["pairs"], str(noted["autoencoder"])
         except _DAMAGED as error:
             raise InputError(f"damaged preference pairs: `{record}`", hint="make them again") from error
         self.pairs = _array(folder / PAIRS)[:count]

@@ -16,19 +16,20 @@ from duovsr.train.degradation import DegradationConfig
 _ABOVE_ZERO = frozenset(
     "steps batch accumulate crop frames clip keep log_every save_every validate_every validation_samples learning_rate"
     " fake_rate head_rate discriminator_rate shift beta statistics_momentum faithful_every noise_every ssim_scales"
-    " head_width pairs candidates samples side skip speed".split()
+    " head_width pairs candidates samples side skip speed workers".split()
 )
 _BELOW_ONE = frozenset("beta1 beta2 ema prompt_dropout".split())
 
 
-def _check_number(name: str, value: object) -> None:
+def _check_numbers(config: StageConfig | PoolConfig) -> None:
     """Every number is finite and not negative; some are more."""
-    if isinstance(value, bool | str) or not isinstance(value, int | float):
-        return
-    positive, below = name in _ABOVE_ZERO, name in _BELOW_ONE
-    wanted = "more than 0" if positive else "from 0 to below 1" if below else "0 or more"
-    usable = math.isfinite(value) and value >= 0 and not (positive and value == 0) and not (below and value >= 1)
-    check(usable, name, value, f"a number, {wanted}")
+    for name, value in ((each.name, getattr(config, each.name)) for each in fields(config)):
+        if isinstance(value, bool | str) or not isinstance(value, int | float):
+            continue
+        positive, below = name in _ABOVE_ZERO, name in _BELOW_ONE
+        wanted = "more than 0" if positive else "from 0 to below 1" if below else "0 or more"
+        usable = math.isfinite(value) and value >= 0 and not (positive and value == 0) and not (below and value >= 1)
+        check(usable, name, value, f"a number, {wanted}")
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class StageConfig:
     frames: int = 5  # 4k + 1
     learning_rate: float = 1e-4
     schedule: str = "cosine"  # to zero; or constant
-    warmup: int = 100  # steps
+    warmup: int = 100  # steps, or a tenth of the stage's (of a round's) where that is less
     beta1: float = 0.9
     beta2: float = 0.99
     weight_decay: float = 0.0
@@ -62,8 +63,7 @@ class StageConfig:
     patience: int = 0  # validations without a better score before the run stops; 0: never
 
     def __post_init__(self) -> None:
-        for each in fields(self):
-            _check_number(each.name, getattr(self, each.name))
+        _check_numbers(self)
         if self.batch % self.accumulate:
             raise UsageError(f"batch `{self.batch}` does not divide into {self.accumulate} micro-batches")
         check(self.frames % 4 == 1, "frames", self.frames, "4k + 1, such as 5, 9 or 21")
@@ -245,8 +245,7 @@ class PoolConfig:
     workers: int = 1  # processes
 
     def __post_init__(self) -> None:
-        for name in ("samples", "frames", "workers"):
-            check(getattr(self, name) >= 1, name, getattr(self, name), "a number, 1 or more")
+        _check_numbers(self)
         check(self.side % 24 == 0 < self.side, "side", self.side, "a multiple of 24, which keeps the LQ's sides even")
         check_seed(self.seed)
         check_parts(self, "stills", "skip_frames")
@@ -293,4 +292,6 @@ class ExportConfig:
         if bool(self.blend) != (self.share > 0):
             raise UsageError("`blend` and `share` go together", hint="add `--set blend=RUN` or `--set share=0.5`")
         if self.only != "both" and not self.blend:
-            raise UsageError("`only` says what is blended", hint="add `--set blend=RUN --set share=0.5`, or leave it out")
+            raise UsageError(
+                "`only` says what is blended", hint="add `--set blend=RUN --set share=0.5`, or leave it out"
+            )

@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from duovsr.errors import InputError, UsageError
-from duovsr.train.degradation import degrade
+from duovsr.train.degradation import chance, degrade, uniform
 from duovsr.train.options import PoolConfig
 from duovsr.train.sources import Source, find_sources, measure, open_footage
 from duovsr.video.output import check_space
@@ -40,14 +40,6 @@ _TASK_ROWS = 16  # windows cut from one reading of a photo
 
 Task = tuple[Source, list[int]]  # rows to cut from a source
 Each = Callable[[Callable[[Any], Any], list[Any]], Iterator[Any]]
-
-
-def uniform(low: float, high: float, generator: Generator) -> float:
-    return low + (high - low) * torch.rand((), generator=generator).item()
-
-
-def chance(probability: float, generator: Generator) -> bool:
-    return torch.rand((), generator=generator).item() < probability
 
 
 def camera_move(still: Tensor, frames: int, side: int, fastest: float, generator: Generator) -> Tensor:
@@ -109,8 +101,9 @@ def crop_clip(clip: Tensor, frames: int, side: int, generator: Generator) -> Ten
     return F.interpolate(window, (side, side), mode="bicubic", antialias=True).clamp(0, 1)
 
 
-def build_pool(folders: list[Path], out: Path, config: PoolConfig) -> None:
-    """Cut the windows of a pool into folder `out`. The same call resumes a pool that was interrupted.
+def build_pool(folders: list[Path], out: Path, config: PoolConfig, *, split: bool = True) -> None:
+    """Cut the windows of a pool into folder `out`, of one side of the validation split or of all sources. The same call
+    resumes a pool that was interrupted.
 
     `hq.npy` (N, T, side, side, 3) uint8; `lq.npy` (N, T, side * 2 // 3, side * 2 // 3, 3) uint8, the LQ in its top left
     corner (absent in a `live` pool); `scale.npy` (N,) float32, 0 for rows without a window, which is written last;
@@ -122,7 +115,7 @@ def build_pool(folders: list[Path], out: Path, config: PoolConfig) -> None:
     known = _read_record(out, config, data)
     if known and (out / SCALE).is_file():
         return
-    found = [source for source in find_sources(folders) if source.validation == config.validation]
+    found = [source for source in find_sources(folders) if not split or source.validation == config.validation]
     if known and {source.name for source in found} != known["sources"].keys() | known["skipped"].keys():
         raise UsageError(f"`{out}` was begun with other sources", hint="give another folder, or delete this one")
     with _processes(config.workers) as each:

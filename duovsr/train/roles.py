@@ -30,6 +30,7 @@ from duovsr.train.options import StageConfig
 from duovsr.train.runs import Weights, pick
 
 Module = TypeVar("Module", bound=nn.Module)
+Cached = TypeVar("Cached", LatentPool, PairPool)
 
 
 class DiffusionModel(nn.Module):
@@ -101,16 +102,14 @@ class Inputs:
     def latents(self, run: Run, vae: Autoencoder) -> LatentSource:
         """Raises UsageError where cached latents are another autoencoder's than `vae`."""
         if isinstance(self.data, LatentPool):
-            if self.data.encoded_by != digest(vae):
-                hint = "cache them anew from this `--init`, or give the one they were made from"
-                raise UsageError(f"latents of another autoencoder: `{self.data.folder}`", hint=hint)
-            return self.data
+            return _encoded_by(vae, self.data)
         return EncodedFrames(self.frames(run.config), vae, run)
 
-    def pairs(self) -> PairPool:
+    def pairs(self, vae: Autoencoder) -> PairPool:
+        """Raises UsageError where there are none, or another autoencoder's than `vae`."""
         if not isinstance(self.data, PairPool):
             raise UsageError("this stage trains on preference pairs", hint="make them with `duovsr train prefs`")
-        return self.data
+        return _encoded_by(vae, self.data)
 
     def held_out_latents(self, run: Run, vae: Autoencoder) -> LatentSource | None:
         return None if self.held_out is None else EncodedFrames(self.held_out, vae, run)
@@ -135,6 +134,13 @@ def fill(module: Module, weights: Mapping[str, Tensor], preset: Preset, *, assig
             hint="give `--preset` as the run had it",
         ) from error
     return module
+
+
+def _encoded_by(vae: Autoencoder, data: Cached) -> Cached:
+    if data.encoded_by != digest(vae):
+        hint = "make them anew from this `--init`, or give the one they were made from"
+        raise UsageError(f"latents of another autoencoder: `{data.folder}`", hint=hint)
+    return data
 
 
 def digest(module: nn.Module) -> str:

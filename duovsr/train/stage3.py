@@ -22,7 +22,7 @@ from duovsr.train.draws import Draws
 from duovsr.train.loop import Metrics, Run, Trained, run_loop
 from duovsr.train.options import DPOConfig, PrefsConfig
 from duovsr.train.rankers import make_rankers, rank_sum
-from duovsr.train.roles import Inputs, decode, diffusion_model, encode, ode_restore, one_step
+from duovsr.train.roles import Inputs, decode, diffusion_model, digest, encode, ode_restore, one_step
 from duovsr.train.validation import Validation
 from duovsr.weights import atomic_file
 
@@ -38,8 +38,8 @@ def build_pairs(run: Run, config: PrefsConfig, inputs: Inputs) -> None:
     rank-sum over the rankers are a pair. Clips on which they tie, or that cannot be measured, are replaced by others.
 
     Writes `pairs.npy` (pairs, 3, C, T, h, w) float16, latents of LQ, chosen and rejected; then `pairs.json`, which
-    names the rankers, holds every score, and counts the pairs: the rows that are used. The same call resumes. Raises
-    TrainError where no clip gave a pair.
+    names the autoencoder and the rankers, holds every score, and counts the pairs: the rows that are used. The same
+    call resumes. Raises TrainError where no clip gave a pair.
     """
     run.out.mkdir(parents=True, exist_ok=True)
     if (run.out / PAIRS_RECORD).is_file():
@@ -95,6 +95,7 @@ class _Judge:
 
     def describe(self) -> dict[str, object]:
         return {
+            "autoencoder": digest(self.vae),
             "rankers": {ranker.name: ranker.describe() for ranker in self.rankers},
             "combination": "sum of ranks over the rankers, lowest is best",
             "candidates": self.config.candidates,
@@ -145,7 +146,8 @@ def velocity_error(velocity: Tensor, x0: Tensor, eps: Tensor) -> Tensor:
 
 def train_dpo(run: Run, config: DPOConfig, inputs: Inputs) -> None:
     """Flow DPO with shared noise and timestep in a pair. Leaves `vae` and `model`."""
-    vae, preset, pairs = inputs.autoencoder(run), inputs.preset, inputs.pairs()
+    vae, preset = inputs.autoencoder(run), inputs.preset
+    pairs = inputs.pairs(vae)
     reference = place(diffusion_model(preset, inputs.weights("model"), run, trained=False), run.world, config.dtype)
     student = place(diffusion_model(preset, inputs.weights("model"), run, trained=True), run.world, config.dtype)
     optimizer = torch.optim.AdamW(
