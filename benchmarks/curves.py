@@ -4,8 +4,8 @@
 
 Of every run, in the order given: its settings, the means of its losses over 200 steps, and every validation. With
 `--again`, the folder of a second run of one's command (it may be stopped after some steps): the losses of the steps
-that both noted, beside each other. Writes `results/training.json`, which `charts.py` draws; runs that it has and that
-are not given, whose logs may be gone, stay in it.
+that both noted, beside each other. Writes `results/training.json`, which `charts.py` draws; what it has of
+other runs, whose logs may be gone, stays in it.
 """
 
 from __future__ import annotations
@@ -88,8 +88,8 @@ def main() -> None:
     parser.add_argument("runs", type=Path, nargs="+")
     parser.add_argument("--again", type=Path)
     options = parser.parse_args()
-    recorded = json.loads(RESULT.read_text())["runs"] if RESULT.exists() else {}
-    record: Row = {"runs": {**recorded, **{run.name: curves(run) for run in options.runs}}}
+    record: Row = json.loads(RESULT.read_text()) if RESULT.exists() else {"runs": {}}
+    record["runs"] |= {run.name: curves(run) for run in options.runs}
     if options.again:
         record["again"] = repeated(options.runs, options.again)
         print(f"{record['again']['run']} again: losses differ by {record['again']['largest_difference']:g} at most")

@@ -13,7 +13,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).parent / "results"
+import torch
+from measuring import RESULTS, describe, write_json
 
 
 def duovsr(*arguments: object) -> str:
@@ -58,7 +59,8 @@ def main() -> None:
         for name in arguments.sets.split(",")
     }
     models = json.loads(duovsr("doctor", "--json"))["models"]
-    arguments.result.write_text(json.dumps({"flags": flags, "models": models, "sets": rows}, indent=1) + "\n")
+    machine = describe(torch.device("cpu"))
+    write_json(arguments.result, {"machine": machine, "flags": flags, "models": models, "sets": rows})
     for name, row in rows.items():
         print(name, " ".join(f"{metric}={value:.3f}" for metric, value in row["means"].items()))
 

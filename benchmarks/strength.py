@@ -82,7 +82,7 @@ def main() -> None:
             meters: dict[str, Meter] = {
                 "psnr_y": FrameMeter(psnr_y),
                 "ssim_y": FrameMeter(ssim_y),
-                "vmaf": VmafMeter(vmaf),
+                "vmaf": VmafMeter(vmaf, every=1),
                 "niqe": FrameMeter(lambda output, _: niqe(output, parameters), every=4),
             }
             found.setdefault(name, {}).setdefault(way, []).append(scores(frames, truth, meters))

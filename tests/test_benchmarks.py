@@ -191,6 +191,20 @@ def test_the_card_has_the_rows_of_the_charts(gpu: ModuleType) -> None:
     assert rows["real", "bicubic"]["psnr_y"] == 24.41
 
 
+def test_the_scores_of_the_card_are_those_measured_of_the_shipped_files(gpu: ModuleType) -> None:
+    pytest.importorskip("matplotlib")
+    charts = importlib.import_module("charts")
+    rows = charts.card_rows(charts.CARD.read_text())
+    measured = json.loads((charts.RESULTS / "quality.json").read_text())
+    shipped = json.loads((charts.CARD.parent / "tiny" / "manifest.json").read_text())
+    assert measured["models"]["tiny"] == {name: of["sha256"] for name, of in shipped.items()}
+    for of in charts.SETS:
+        means = measured["sets"][of]["means"]
+        for name, value in rows[of, "**tiny**"].items():
+            digits = {"psnr_y": 2, "vmaf": 1, "niqe": 2}.get(name, 3)
+            assert value == round(means[name], digits), (of, name)
+
+
 def test_curves_are_a_runs_own_and_tell_a_run_that_differs(gpu: ModuleType, tmp_path: Path) -> None:
     curves = importlib.import_module("curves")
 
