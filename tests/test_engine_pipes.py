@@ -15,6 +15,10 @@ import pytest
 from duovsr import UpscaleOptions
 from duovsr.engine.files import UpscaleReport
 from duovsr.errors import Remark, UsageError
+from duovsr.video.codecs import encoding_for
+from duovsr.video.encoder import VideoEncoder
+from duovsr.video.output import Target
+from duovsr.video.reader import VideoReader
 from tests.bicubic import bicubic
 from tests.clips import Clip, translucent, write_clip
 
@@ -47,6 +51,19 @@ def test_y4m_has_the_frame_rate(tmp_path: Path, through_pipe: Any, name: str) ->
     assert report.warnings == ()
     assert b" F25:1 " in pipe.getvalue().partition(b"\n")[0]
     assert times(pipe) == [index * TICK for index in range(12)]
+
+
+@pytest.mark.parametrize("format_name", ["yuv4mpegpipe", "nut"])
+def test_no_frame_is_remembered(tmp_path: Path, format_name: str) -> None:
+    """What goes down a pipe may be endless, and nobody asks for the numbers of its frames."""
+    source, target = write_clip(tmp_path / "in.mp4"), Target(Path("-"), "pipe", format_name)
+    with VideoReader(source) as reader:
+        encoding = encoding_for(target, reader.info, (64, 48), UpscaleOptions())
+        with VideoEncoder(io.BytesIO(), reader.info, 64, 48, encoding, format_name, numbered=False) as encoder:
+            for frame in reader:
+                encoder.write(frame)
+    assert len(encoder.written_pts) == 12
+    assert not encoder._numbers
 
 
 def test_uneven_times_need_nut(tmp_path: Path, through_pipe: Any) -> None:

@@ -120,6 +120,26 @@ def test_a_clock_that_is_too_fine_for_mp4_is_made_coarser(tmp_path: Path, suffix
         assert abs(start_time(target, "audio") - start_time(source, "audio")) < Fraction(1, 10**3)
 
 
+@pytest.mark.parametrize("suffix", [".mp4", ".webm"])
+@pytest.mark.parametrize("ticks", [705_600_000, 10**9])
+def test_a_clock_that_is_too_fine_for_libvpx(tmp_path: Path, ticks: int, suffix: str) -> None:
+    """It counts in 100 ns, and gives other times back than those of the frames; two of them are nearer than that."""
+    pts = [0, 1, *(round(index * Fraction(1001, 24000) * ticks) for index in range(1, 9))]
+    clip = Clip(pts=pts, time_base=Fraction(1, ticks), codec="ffv1", pix_fmt="bgr0")
+    source, target = write_clip(tmp_path / "in.nut", clip, "nut"), tmp_path / f"out{suffix}"
+    copy_clip(source, target, codec="vp9")
+    assert_same_times(video_times(target), video_times(source), suffix)
+
+
+@pytest.mark.parametrize("codec", ["h264", "vp9", "ffv1", "prores"])
+def test_frames_nearer_than_the_clock_of_matroska(tmp_path: Path, codec: str) -> None:
+    """FFmpeg takes the duration that the rate tells, here none, for that of the first frames, and moves them by it."""
+    clip = Clip(pts=(0, 1, 2, 22, 42), codec="ffv1", pix_fmt="bgr0")
+    source, target = write_clip(tmp_path / "in.nut", clip, "nut"), tmp_path / "out.mkv"
+    copy_clip(source, target, codec=codec)
+    assert_same_times(video_times(target), video_times(source), ".mkv")
+
+
 def test_rotated_clip_comes_out_upright(tmp_path: Path) -> None:
     clip = Clip(pts=(0, 512), rotation=90, aspect=Fraction(16, 11))
     source, target = write_clip(tmp_path / "in.mp4", clip), tmp_path / "out.mkv"

@@ -23,6 +23,8 @@ from duovsr.video.output import disk_errors
 from duovsr.video.reader import Frame
 
 NUMBER_BASE = Fraction(1, 1000)  # Matroska's own clock: a frame's number is then exact
+# Of the encoder of a numbered file: libvpx counts in 1/10000000 s, and gives times of a finer clock back changed.
+FINEST_CLOCK = Fraction(1, 1_000_000)
 LARGEST_REORDERING = 32  # frames; no encoder holds back more
 
 
@@ -52,11 +54,13 @@ class VideoEncoder:
         self._path = target if isinstance(target, Path) else PIPE
         self._source, self._size, self._encoding = source, (width, height), encoding
         self._numbered, self._even = numbered, format_name == "yuv4mpegpipe"
+        clock = max(source.time_base, FINEST_CLOCK) if numbered else source.time_base
         # For rate control alone: times are the frames' own. libvpx refuses a rate that the time base cannot show.
-        self._rate = min(source.frame_rate or Fraction(25), 1 / source.time_base)
-        self.time_base = 1 / self._rate if self._even else source.time_base
+        self._rate = min(source.frame_rate or Fraction(25), 1 / clock)
+        self.time_base = 1 / self._rate if self._even else clock
         self.longest_move = Fraction(0)
-        self._numbers: dict[int, int] = {}  # of the frames inside the encoder, by pts
+        self._numbers: dict[int, int] = {}  # of the frames inside the encoder, by their time in its clock
+        self._latest: int | None = None  # of those times
         self._packets = 0
         self._tags = output_tags(source.color, width, height, encoding.pix_fmt)
         self._to_frame = RgbToFrame(self._tags, encoding.pix_fmt)
@@ -103,19 +107,27 @@ class VideoEncoder:
             coded = self._to_frame(frame.pixels, frame.alpha)
         else:
             coded = self._to_frame(_on_black(frame.pixels, frame.alpha))
-        coded.pts, coded.time_base = frame.pts, self.time_base
-        self._numbers[frame.pts] = len(self.written_pts)
-        self.written_pts.append(frame.pts)
-        if self._even:
-            coded.pts = len(self.written_pts) - 1
-            own_time = (frame.pts - self.written_pts[0]) * frame.time_base
-            self.longest_move = max(self.longest_move, abs(coded.pts * self.time_base - own_time))
+        coded.pts, coded.time_base = self._place(frame), self.time_base
         self._encode(coded)
 
     def abandon(self) -> None:
         """Closes the file as it is."""
         with suppress(OSError, av.error.FFmpegError):  # the file is lost already
             self._container.close()
+
+    def _place(self, frame: Frame) -> int:
+        """When the encoder is told that the frame is shown, in its `time_base`."""
+        number, pts = len(self.written_pts), frame.pts
+        self.written_pts.append(frame.pts)
+        if self._even:
+            own_time = (frame.pts - self.written_pts[0]) * frame.time_base
+            self.longest_move = max(self.longest_move, abs(number * self.time_base - own_time))
+            return number
+        if self._numbered:
+            pts = round(frame.pts * frame.time_base / self.time_base)
+            pts = pts if self._latest is None else max(pts, self._latest + 1)
+            self._numbers[pts], self._latest = number, pts
+        return pts
 
     def _add_stream(self, format_name: str) -> VideoStream:
         if self._encoding.encoder == "libsvtav1":  # it writes to stderr, and only the environment can stop it

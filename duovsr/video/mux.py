@@ -18,7 +18,7 @@ from av.video.stream import VideoStream
 from duovsr.errors import DuovsrError, UsageError
 from duovsr.video.boxes import refer_to_chapters
 from duovsr.video.codecs import Encoding
-from duovsr.video.encoder import LARGEST_REORDERING, VideoEncoder
+from duovsr.video.encoder import LARGEST_REORDERING, NUMBER_BASE, VideoEncoder
 from duovsr.video.info import VideoInfo
 from duovsr.video.output import CONTAINERS, Target, disk_errors
 from duovsr.video.reader import Frame
@@ -140,7 +140,8 @@ def _add_video(
         stream.codec_context.codec_tag = "hvc1" if codec == "hevc" else tag
     if source.frame_rate is not None:
         # Timecodes count it. Without it the rate of x264's clock would pass for it in Matroska: 12800 frames a second.
-        stream.codec_context.framerate = source.frame_rate
+        # A frame shorter than Matroska's tick would have no duration, and FFmpeg guess the times of the first ones.
+        stream.codec_context.framerate = source.frame_rate if quick else min(source.frame_rate, 1 / NUMBER_BASE)
     notices = []
     if encoding.alpha and not quick:
         stream.metadata["alpha_mode"] = "1"
