@@ -17,9 +17,11 @@ from PIL import Image
 from duovsr import UpscaleOptions, Upscaler
 from duovsr.errors import DuovsrError, UsageError
 from duovsr.options import Position
+from duovsr.video.info import probe
 from duovsr.video.output import PICTURES
 from duovsr.video.pictures import FORMATS
 from duovsr.video.reader import VideoReader
+from tests.bicubic import bicubic
 from tests.clips import Clip, frame_hashes, packet_hashes, picture, start_time, video_times, write_clip
 
 LOSSLESS = UpscaleOptions(scale=2, codec="ffv1")
@@ -52,6 +54,15 @@ def test_an_image_gives_an_image_of_its_depth(small_upscaler: Upscaler, tmp_path
     assert found.dtype == dtype
     assert (found == restored(small_upscaler, [pixels])[0]).all()
     assert sorted(os.listdir(tmp_path)) == ["in", "out.png"]
+
+
+@pytest.mark.parametrize(("codec", "name"), [("h264", "out.mp4"), ("h264", "out.mkv"), ("ffv1", "out.mp4")])
+def test_a_stretched_clip_is_shown_in_its_shape(tmp_path: Path, codec: str, name: str) -> None:
+    source = write_clip(tmp_path / "in.mp4", Clip(pts=(0, 512), aspect=Fraction(4, 3)))
+    for size, expected in (((128, 72), Fraction(1)), ((128, 96), Fraction(4, 3))):
+        options = UpscaleOptions(size=size, codec=codec, overwrite=True)
+        assert bicubic().upscale_file(source, tmp_path / name, options).warnings == ()
+        assert probe(tmp_path / name).sample_aspect_ratio == expected
 
 
 @pytest.mark.parametrize("suffix", PICTURES)

@@ -6,6 +6,7 @@ import os
 import re
 import struct
 from collections.abc import Callable
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import pytest
 from clips import AUDIO_RATE, Clip, picture, write_clip
 
 from duovsr.errors import InputError
+from duovsr.options import UpscaleOptions
 from duovsr.video.info import ColorTags, probe
 from duovsr.video.reader import VideoReader
 
@@ -115,6 +117,37 @@ def test_description(tmp_path: Path) -> None:
     assert (info.num_frames, info.duration) == (50, 2)
     assert (info.codec, info.audio_codec, info.bit_depth) == ("hevc", "aac", 10)
     assert (info.color, info.sample_aspect_ratio) == (ColorTags(9, 16, 9, 1), Fraction(16, 11))
+
+
+@pytest.mark.parametrize("scale", [1, 1.13, 1.5, 2.7, 3.99, 4])
+@pytest.mark.parametrize("size", [(64, 48), (43, 29), (7, 3), (1, 1), (720, 576), (33, 1080)])
+def test_no_scale_changes_the_aspect_of_pixels(tmp_path: Path, size: tuple[int, int], scale: float) -> None:
+    info = replace(probe(write_clip(tmp_path / "in.mp4")), width=size[0], height=size[1])
+    for aspect in (None, Fraction(1), Fraction(16, 11), Fraction(65521, 65519)):
+        given = replace(info, sample_aspect_ratio=aspect)
+        assert given.aspect_at(*UpscaleOptions(scale=scale).target_size(*size)) == aspect
+
+
+@pytest.mark.parametrize(
+    ("source", "aspect", "size", "expected"),
+    [
+        ((64, 48), Fraction(4, 3), (128, 72), Fraction(1)),
+        ((720, 576), Fraction(64, 45), (1920, 1080), Fraction(1)),
+        ((720, 576), Fraction(16, 15), (1920, 1152), Fraction(4, 5)),
+        ((64, 48), Fraction(1), (64, 96), Fraction(2)),
+        ((64, 48), None, (64, 96), None),  # nobody knows the shape
+    ],
+)
+def test_a_size_that_stretches_changes_the_aspect_of_pixels(
+    tmp_path: Path,
+    source: tuple[int, int],
+    aspect: Fraction | None,
+    size: tuple[int, int],
+    expected: Fraction | None,
+) -> None:
+    info = probe(write_clip(tmp_path / "in.mp4"))
+    info = replace(info, width=source[0], height=source[1], sample_aspect_ratio=aspect)
+    assert info.aspect_at(*size) == expected
 
 
 def test_full_range_by_pixel_format_and_by_tag(tmp_path: Path) -> None:

@@ -146,8 +146,9 @@ class VideoEncoder:
         context.time_base = self.time_base
         context.color_primaries, context.color_trc = self._tags.primaries, self._tags.transfer
         context.colorspace, context.color_range = self._tags.matrix, self._tags.range
-        if self._source.sample_aspect_ratio is not None:
-            context.sample_aspect_ratio = self._source.sample_aspect_ratio
+        aspect = self._source.aspect_at(*self._size)
+        if aspect is not None:
+            context.sample_aspect_ratio = aspect
         return stream
 
     def _start(self, format_name: str) -> None:

@@ -31,6 +31,8 @@ __all__ = [
     "probe",
 ]
 
+_FINEST_ASPECT = 4096  # H.264 has 16 bits for each part of it
+
 
 @dataclass(frozen=True)
 class VideoInfo:
@@ -58,6 +60,13 @@ class VideoInfo:
     def step(self) -> int:
         """Ticks of `time_base` from frame to frame, on average."""
         return max(1, round(1 / ((self.frame_rate or IMAGES_RATE) * self.time_base)))
+
+    def aspect_at(self, width: int, height: int) -> Fraction | None:
+        """Of the pixels of an output, which is shown in the source's shape. Rounding to whole pixels stretches none."""
+        across, down = width * self.height, height * self.width
+        if self.sample_aspect_ratio is None or 2 * abs(across - down) <= self.width + self.height:
+            return self.sample_aspect_ratio
+        return (self.sample_aspect_ratio * Fraction(down, across)).limit_denominator(_FINEST_ASPECT)
 
 
 def probe(path: Path) -> VideoInfo:

@@ -133,6 +133,7 @@ def _add_video(
         except ValueError as error:
             raise _not_held(format_name, encoding) from error
         tag, codec = template.codec_context.codec_tag, template.codec_context.name
+        aspect = source.aspect_at(template.width, template.height)
     stream.time_base = source.time_base
     quick = format_name in _QUICK
     if quick and codec in ("hevc", "prores"):
@@ -145,7 +146,6 @@ def _add_video(
     notices = []
     if encoding.alpha and not quick:
         stream.metadata["alpha_mode"] = "1"
-    aspect = source.sample_aspect_ratio
     if aspect is not None:
         stream.codec_context.sample_aspect_ratio = aspect
         if aspect != 1 and not quick and encoding.name not in ("h264", "hevc"):
