@@ -28,7 +28,9 @@ def encode(name: str, info: VideoInfo, **options: Any) -> Encoding:
         ("out.mp4", Fraction(1), 8, False, {}, "yuv420p holds: --pix-fmt yuv444p"),
         ("out.mp4", Fraction(1, 2), 8, False, {}, "yuv420p holds: --pix-fmt yuv422p"),
         ("out.mp4", Fraction(1), 10, False, {}, "yuv420p10le holds: --pix-fmt yuv444p10le"),
-        ("out.mkv", Fraction(1), 8, True, {}, "yuva420p holds: --pix-fmt yuva444p"),
+        ("out.mkv", Fraction(1), 8, True, {}, "yuva420p holds: --codec ffv1"),  # libvpx opens none with both
+        ("out.webm", Fraction(1), 8, True, {}, "yuva420p holds: --codec ffv1 in .mkv"),
+        ("out.webm", Fraction(1), 8, False, {}, "yuv420p holds: --pix-fmt yuv444p"),
         ("out.mp4", Fraction(1), 8, False, {"codec": "av1"}, "yuv420p holds: --codec ffv1"),
         ("out.mp4", Fraction(1), 8, False, {"pix_fmt": "yuv420p"}, None),  # as asked for
         ("out.mkv", Fraction(1), 8, False, {"codec": "ffv1"}, None),

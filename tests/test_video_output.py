@@ -148,6 +148,38 @@ def test_size_that_the_encoder_refuses(tmp_path: Path) -> None:
         copy_clip(source, tmp_path / "out.mp4", codec="hevc")
 
 
+@pytest.mark.parametrize("codec", ["hevc", "vp9"])
+def test_a_pixel_format_that_the_encoder_only_says_it_has(tmp_path: Path, codec: str) -> None:
+    """libx265 refuses it with a number that the system has for what a disk cannot do."""
+    pix_fmt = {"hevc": "yuva420p", "vp9": "yuva444p"}[codec]
+    source = write_clip(tmp_path / "in.mp4", Clip(pts=(0,)))
+    with pytest.raises(UsageError, match=f"in matroska refuses 64x48 in `{pix_fmt}`") as caught:
+        copy_clip(source, tmp_path / "out.mkv", codec=codec, pix_fmt=pix_fmt)
+    assert caught.value.hint == "try another --codec or --pix-fmt"
+
+
+@pytest.mark.parametrize("size", [(65, 16), (72, 24), (1280, 24), (24, 65), (12, 72)])
+def test_strips_that_svt_av1_never_ends_with(tmp_path: Path, size: tuple[int, int]) -> None:
+    source = write_clip(tmp_path / "in.mp4", Clip(pts=(0,), size=size))
+    with pytest.raises(UsageError, match=f"av1 needs both sides above 24 .* none above 64: `{size[0]}x{size[1]}`$"):
+        choose_encoding(probe(source), *size, "mp4", codec="av1", crf=None, pix_fmt=None)
+
+
+@pytest.mark.parametrize("size", [(64, 24), (64, 16), (65, 25), (25, 72), (1280, 25)])
+def test_strips_that_svt_av1_takes(tmp_path: Path, size: tuple[int, int]) -> None:
+    source = write_clip(tmp_path / "in.mp4", Clip(pts=(0, 512), size=size))
+    copy_clip(source, tmp_path / "out.mp4", codec="av1")
+    assert len(video_times(tmp_path / "out.mp4")) == 2
+
+
+@pytest.mark.parametrize("codec", ["h264", "hevc", "av1", "vp9"])
+def test_a_very_high_rate(tmp_path: Path, codec: str) -> None:
+    """libsvtav1 opens for 240 frames a second at most."""
+    source = write_clip(tmp_path / "in.mp4", Clip(pts=range(12), time_base=Fraction(1, 3000)))
+    copy_clip(source, tmp_path / "out.mp4", codec=codec)
+    assert video_times(tmp_path / "out.mp4") == [Fraction(index, 3000) for index in range(12)]
+
+
 @pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".mov"])
 def test_frames_before_time_zero_move_all_streams(tmp_path: Path, suffix: str) -> None:
     source = write_clip(tmp_path / "in.mp4", Clip(pts=range(0, 20 * 512, 512), audio=["aac"]))

@@ -108,6 +108,9 @@ class Encoding:
 
 
 X265_MIN_WIDTH = 64  # below its block size, libx265 corrupts memory and takes the process down
+# libsvtav1 4.1 never ends where one side is at most SVT_AV1_STRIP, and the other larger than its block.
+SVT_AV1_STRIP, SVT_AV1_BLOCK = 24, 64
+SVT_AV1_MAX_RATE = 240  # frames a second, beyond which it does not open
 
 
 def choose_encoding(
@@ -136,8 +139,7 @@ def choose_encoding(
     entry = CODECS[name]
     if entry.encoder not in av.codecs_available:
         raise UsageError(f"this build of FFmpeg has no encoder `{entry.encoder}`", hint="use another --codec")
-    if name == "hevc" and width < X265_MIN_WIDTH:
-        raise UsageError(f"hevc needs {X265_MIN_WIDTH} pixels of width, not {width}", hint="use --codec h264 or ffv1")
+    _check_size(name, width, height)
     holds_alpha = format_name in entry.alpha_containers
     chosen, notices = _pix_fmt(entry, source, holds_alpha, width, height) if pix_fmt is None else (pix_fmt, [])
     if pix_fmt is not None:
@@ -170,7 +172,7 @@ def encoding_for(target: Target, info: VideoInfo, size: tuple[int, int], options
     )
     if options.pix_fmt is not None:
         return encoding
-    return replace(encoding, notices=(*encoding.notices, *_coarser_chroma(info, encoding)))
+    return replace(encoding, notices=(*encoding.notices, *_coarser_chroma(info, encoding, size, target.format_name)))
 
 
 def _encoding_of_pictures(target: Target, info: VideoInfo, size: tuple[int, int], options: UpscaleOptions) -> Encoding:
@@ -198,7 +200,7 @@ def _encoding_of_pictures(target: Target, info: VideoInfo, size: tuple[int, int]
     return replace(encoding, notices=(*lost, *encoding.notices))
 
 
-def _coarser_chroma(source: VideoInfo, encoding: Encoding) -> list[str]:
+def _coarser_chroma(source: VideoInfo, encoding: Encoding, size: tuple[int, int], format_name: str) -> list[str]:
     """What to say where the output has fewer samples of colour a pixel than the source, without being asked to."""
     chosen = av.VideoFormat(encoding.pix_fmt)
     if chroma_samples(chosen) >= source.chroma_samples:
@@ -210,8 +212,20 @@ def _coarser_chroma(source: VideoInfo, encoding: Encoding) -> list[str]:
         and (bit_depth(fmt), _has_alpha(fmt.name)) == (bit_depth(chosen), encoding.alpha)
         and chroma_samples(fmt) >= source.chroma_samples
     ]
-    way_out = f"--pix-fmt {min(finer, key=chroma_samples).name}" if finer else "--codec ffv1"
+    lossless = "--codec ffv1 in .mkv" if format_name in ("mov", "webm") else "--codec ffv1"
+    coarsest_first = (fmt.name for fmt in sorted(finer, key=chroma_samples))
+    opening = next((name for name in coarsest_first if _does_open(encoding, name, size)), None)
+    way_out = lossless if opening is None else f"--pix-fmt {opening}"
     return [Remark(f"the source's colours are sampled finer than {encoding.pix_fmt} holds: {way_out} keeps them")]
+
+
+def _does_open(encoding: Encoding, pix_fmt: str, size: tuple[int, int]) -> bool:
+    """Whether the encoder, which says that it has the pixel format, takes it: libvpx takes one with transparency."""
+    try:
+        check_encoder(encoding.encoder, pix_fmt, *size, encoding.options, (), hardware=False)
+    except UsageError:
+        return False
+    return True
 
 
 def _default_codec(source: VideoInfo, format_name: str, width: int) -> str:
@@ -234,6 +248,16 @@ def _pix_fmt(entry: Codec, source: VideoInfo, holds_alpha: bool, width: int, hei
         odd = f"{width}x{height} has an odd side: written as 4:4:4 ({chosen}), which some players refuse"
         return chosen, [Remark(odd)]
     return entry.pix_fmts[deep], []
+
+
+def _check_size(name: str, width: int, height: int) -> None:
+    if name == "hevc" and width < X265_MIN_WIDTH:
+        raise UsageError(f"hevc needs {X265_MIN_WIDTH} pixels of width, not {width}", hint="use --codec h264 or ffv1")
+    if name == "av1" and min(width, height) <= SVT_AV1_STRIP and max(width, height) > SVT_AV1_BLOCK:
+        message = (
+            f"av1 needs both sides above {SVT_AV1_STRIP} pixels, or none above {SVT_AV1_BLOCK}: `{width}x{height}`"
+        )
+        raise UsageError(message, hint="use --codec vp9 or ffv1")
 
 
 def _check_pix_fmt(name: str, entry: Codec, pix_fmt: str, width: int, height: int) -> None:

@@ -16,7 +16,7 @@ from av.video.stream import VideoStream
 
 from duovsr.errors import UsageError
 from duovsr.options import PIPE
-from duovsr.video.codecs import Encoding
+from duovsr.video.codecs import SVT_AV1_MAX_RATE, Encoding
 from duovsr.video.color import RgbToFrame, output_tags
 from duovsr.video.info import VideoInfo
 from duovsr.video.output import disk_errors
@@ -130,11 +130,12 @@ class VideoEncoder:
         return pts
 
     def _add_stream(self, format_name: str) -> VideoStream:
-        if self._encoding.encoder == "libsvtav1":  # it writes to stderr, and only the environment can stop it
+        encoder, options, rate = self._encoding.encoder, self._encoding.options, self._rate
+        if encoder == "libsvtav1":  # it writes to stderr, and only the environment can stop it
             os.environ.setdefault("SVT_LOG", "0")
-        encoder, options = self._encoding.encoder, self._encoding.options
+            rate = min(rate, Fraction(SVT_AV1_MAX_RATE))
         try:
-            stream = self._container.add_stream(encoder, rate=self._rate, options=options)
+            stream = self._container.add_stream(encoder, rate=rate, options=options)
         except ValueError as error:
             message = f"{format_name} does not hold codec `{self._encoding.name}`"
             raise UsageError(message, hint="use another --codec") from error
@@ -153,6 +154,7 @@ class VideoEncoder:
 
     def _start(self, format_name: str) -> None:
         try:
+            self._stream.codec_context.open()  # alone: some refusals of encoders look like the system's
             with disk_errors(self._path):
                 self._container.start_encoding()
         except av.error.FFmpegError as error:
@@ -160,7 +162,7 @@ class VideoEncoder:
             width, height = self._size
             pix_fmt = self._encoding.pix_fmt
             message = f"{self._encoding.encoder} in {format_name} refuses {width}x{height} in `{pix_fmt}`"
-            raise UsageError(message, hint="try another --codec") from error
+            raise UsageError(message, hint="try another --codec or --pix-fmt") from error
         except BaseException:
             self.abandon()
             raise
