@@ -17,7 +17,6 @@ ColorTransfer = Literal["wavelet", "adain", "none"]
 COLOR_TRANSFERS: tuple[str, ...] = ("wavelet", "adain", "none")
 Decoder = Literal["software", "nvdec"]
 DECODERS: tuple[str, ...] = ("software", "nvdec")
-DEVICES: tuple[str, ...] = ("auto", "cpu", "cuda", "mps")
 DTYPES: tuple[str, ...] = ("auto", "float32", "bfloat16", "float16", "int8", "fp8")
 VAES: tuple[str, ...] = ("wan", "tiny")
 

@@ -16,22 +16,15 @@ _REDUCTION = 8
 
 def transfer_color(hq: Tensor, lq: Tensor, method: ColorTransfer) -> Tensor:
     if method == "wavelet":
-        # The band is linear: what the two pictures differ by is filtered once, and after it is small.
+        # The low band of wavelet colour fixes: five dilated binomial filters (1, 2, 1) / 4 with steps 1 to 16. Its
+        # content lies far below 1/8 of the sampling rate: an 8 x 8 mean replaces the levels with steps below 8, and the
+        # other two run on the reduced picture. It is linear: what the two pictures differ by is filtered once.
         return hq + _enlarged(_smooth(_reduced(lq) - _reduced(hq)), hq)
     if method == "adain":
         hq_mean, hq_std = hq.mean((3, 4), keepdim=True), hq.std((3, 4), keepdim=True)
         lq_mean, lq_std = lq.mean((3, 4), keepdim=True), lq.std((3, 4), keepdim=True)
         return (hq - hq_mean) / hq_std.clamp_min(1e-4) * lq_std + lq_mean
     return hq
-
-
-def low_band(frames: Tensor) -> Tensor:
-    """The low band of five dilated binomial filters (1, 2, 1) / 4 with steps 1 to 16, as wavelet colour fixes use it.
-
-    Its content lies far below 1/8 of the sampling rate: the levels with steps below 8 are replaced by an 8 x 8 mean,
-    and the remaining two run on the reduced picture.
-    """
-    return _enlarged(_smooth(_reduced(frames)), frames)
 
 
 def _reduced(frames: Tensor) -> Tensor:

@@ -22,14 +22,6 @@ from duovsr.video.encoder_options import check_encoder
 
 _PACKAGES = ("duovsr", "torch", "numpy", "av", "typer", "rich", "safetensors", "huggingface-hub", "triton", "xformers")
 _OPTIONAL = ("triton", "xformers")
-_ENCODERS = {
-    "h264": "libx264",
-    "hevc": "libx265",
-    "av1": "libsvtav1",
-    "vp9": "libvpx-vp9",
-    "prores": "prores_ks",
-    "ffv1": "ffv1",
-}
 _NEEDED_ENCODERS = ("h264", "ffv1")
 
 
@@ -37,7 +29,7 @@ def examine() -> tuple[dict[str, Any], list[str]]:
     """Findings for people or JSON, and the problems among them (empty: all that is needed works)."""
     problems: list[str] = []
     device = choose_device("auto")
-    encoders = {name: encoder in av.codecs_available for name, encoder in _ENCODERS.items()}
+    encoders = {name: codec.encoder in av.codecs_available for name, codec in CODECS.items() if not codec.hardware}
     problems += [f"encoder {name} is missing in PyAV" for name in _NEEDED_ENCODERS if not encoders[name]]
     versions = {name: _version(name) for name in _PACKAGES}
     missing = [name for name in _PACKAGES if versions[name] == "missing" and name not in _OPTIONAL]
