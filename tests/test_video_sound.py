@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from duovsr.video.remux import Window
-from tests.clips import click_times, start_time, write_clicks
+from tests.clips import click_times, packet_hashes, start_time, write_clicks
 from tests.pieces import copy_beside, copy_clip, copy_streams
 
 
@@ -93,6 +93,38 @@ def test_converted_sound_of_a_window(tmp_path: Path) -> None:
     source, target = write_clicks(tmp_path / "in.mkv", "pcm_s16le", video="libvpx-vp9"), tmp_path / "out.webm"
     copy_streams(source, target, Window(Fraction(1), Fraction(3), Fraction(-1)))
     assert np.abs(np.subtract(click_times(target), [0.5025, 1.5025])).max() <= 0.001
+
+
+LONG_PACKETS = [(codec, suffix) for codec in ("tta", "wavpack") for suffix in (".mkv", ".mp4", ".webm")]
+
+
+@pytest.mark.parametrize(
+    ("start", "end"), [(Fraction(3, 10), Fraction(9, 10)), (Fraction(13, 10), None), (None, Fraction(2))]
+)
+@pytest.mark.parametrize(("codec", "suffix"), [*LONG_PACKETS, ("flac", ".webm")])
+def test_a_piece_has_all_of_its_converted_sound(
+    tmp_path: Path, codec: str, suffix: str, start: Fraction | None, end: Fraction | None
+) -> None:
+    """Packets of TTA last a second, those of WavPack half of one: a piece may lie in the middle of one."""
+    source, target = write_clicks(tmp_path / "in.mkv", codec), tmp_path / f"out{suffix}"
+    first, last = start or Fraction(0), end or Fraction(4)
+    copier = copy_beside(source, target, window=Window(start, end, -first))
+    reason = "its packets are too long to be cut" if suffix == ".mkv" else f"{suffix[1:]} does not hold it"
+    assert len(copier.notices) == 1
+    assert copier.notices[0].endswith(f": {reason}")
+    expected = [click - float(first) for click in click_times(source) if first < click < last]
+    assert np.abs(np.subtract(click_times(target), expected)).max() <= 0.001
+    with av.open(str(target)) as container:
+        frames = [(frame.pts * frame.time_base, frame.samples / frame.rate) for frame in container.decode(audio=0)]
+    assert abs(frames[0][0]) <= 0.03  # what a lossy encoder begins with
+    assert abs(frames[-1][0] + frames[-1][1] - (last - first)) <= 0.03
+
+
+@pytest.mark.parametrize("codec", ["tta", "wavpack"])
+def test_a_whole_clip_keeps_its_long_packets(tmp_path: Path, codec: str) -> None:
+    source, target = write_clicks(tmp_path / "in.mkv", codec), tmp_path / "out.mkv"
+    assert copy_beside(source, target).notices == []
+    assert packet_hashes(target, "audio") == packet_hashes(source, "audio")
 
 
 def test_damaged_sound_is_counted_and_the_rest_stays_in_place(tmp_path: Path) -> None:

@@ -19,7 +19,16 @@ from av.video.stream import VideoStream
 
 from duovsr.errors import Remark
 from duovsr.video.container import codec_name, counted, label_of, main_video, open_input
-from duovsr.video.sound import SoundConverter, add_copy, encoders_for, has_format, short_packets, silent_packet
+from duovsr.video.sound import (
+    LEAD,
+    SoundConverter,
+    add_copy,
+    encoders_for,
+    has_format,
+    is_too_long_to_cut,
+    short_packets,
+    silent_packet,
+)
 from duovsr.video.subtitles import KINDS, SubtitleConverter
 from duovsr.video.tags import (
     file_tags,
@@ -169,7 +178,9 @@ class StreamCopier:
         if isinstance(stream, AudioStream) and stream.codec_context and not has_format(stream):
             self.notices.append(f"{label} is not kept: none of it decodes")  # and muxers fail on it at the very end
             return
-        if self._is_held(lambda trial: add_copy(stream, trial), silence=silent_packet(stream)):
+        is_held = self._is_held(lambda trial: add_copy(stream, trial), silence=silent_packet(stream))
+        is_too_long = is_held and self._window.is_cut and is_too_long_to_cut(stream)
+        if is_held and not is_too_long:
             route = _Copy(add_copy(stream, self._target))
         elif isinstance(stream, SubtitleStream) and stream.codec_context and stream.codec_context.codec.text_sub:
             kind = KINDS[container]
@@ -179,10 +190,10 @@ class StreamCopier:
                 self.notices.append(Remark(f"{label} is converted to {kind}: {container} does not hold it"))
         elif isinstance(stream, AudioStream) and stream.codec_context:
             for encoder in encoders_for(stream, container):
-                if self._is_held(partial(SoundConverter, stream, encoder=encoder)):
-                    route = SoundConverter(stream, self._target, encoder)
-                    name = codec_name(route.stream)
-                    self.notices.append(Remark(f"{label} is converted to {name}: {container} does not hold it"))
+                if self._is_held(partial(SoundConverter, stream, encoder=encoder, window=self._window)):
+                    route = SoundConverter(stream, self._target, encoder, self._window)
+                    reason = "its packets are too long to be cut" if is_too_long else f"{container} does not hold it"
+                    self.notices.append(Remark(f"{label} is converted to {codec_name(route.stream)}: {reason}"))
                     break
         if route is None:
             self.notices.append(f"{label} is not kept: {container} does not hold it")
@@ -308,11 +319,12 @@ class StreamCopier:
     def _converted(self, packet: av.Packet[Any]) -> Iterable[av.Packet[Any]]:
         if not 0 <= (packet.duration or 0) <= _LONGEST:
             packet.duration = 0
-        is_cut = self._window.start is not None or self._window.end is not None
-        for part in short_packets(packet) if is_cut else (packet,):
-            if self._window.place(part, clip=isinstance(part.stream, SubtitleStream)):
+        for part in short_packets(packet) if self._window.is_cut else (packet,):
+            route = self._routes[part.stream_index]
+            lead = LEAD if isinstance(route, SoundConverter) else 0
+            if self._window.place(part, clip=isinstance(part.stream, SubtitleStream), lead=lead):
                 time = decoding_time(part)
-                yield from self._routes[part.stream_index].convert(part)
+                yield from route.convert(part)
                 for texts in self._texts:
                     yield from texts.shown_until(time - INTERLEAVING)
 

@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import av
 from av.audio.codeccontext import AudioCodecContext
+from av.audio.fifo import AudioFifo
 from av.audio.frame import AudioFrame
 from av.audio.stream import AudioStream
 from av.codec import Codec
@@ -16,6 +17,7 @@ from av.container import OutputContainer
 from av.stream import Stream
 
 from duovsr.video.container import codec_name
+from duovsr.video.window import Window
 
 # Container: encoders for sound that is lossy already, and for sound that is not; the first that takes it.
 _LOSSY = {"mp4": ("aac",), "mov": ("aac",), "matroska": ("flac",), "webm": ("libopus",)}
@@ -28,6 +30,8 @@ LAYOUTS = {1: "mono", 2: "stereo", 3: "3.0", 4: "quad", 5: "5.0", 6: "5.1", 7: "
 
 _WHOLE_BYTES = re.compile(r"pcm_[suf](8|16|24|32|64)(?:le|be)?")
 _SHORT = 50  # packets a second, of PCM that is cut
+_LONG = ("tta", "wavpack")  # have packets of half a second and more
+LEAD = 2  # seconds before a piece whose packets may reach into it
 
 
 def short_packets(packet: av.Packet[Any]) -> Iterator[av.Packet[Any]]:
@@ -47,6 +51,11 @@ def short_packets(packet: av.Packet[Any]) -> Iterator[av.Packet[Any]]:
         part.pts = part.dts = packet.pts + round(first / tick)
         part.duration = round(last / tick) - round(first / tick)
         yield part
+
+
+def is_too_long_to_cut(stream: Stream) -> bool:
+    """Whether the packets last so long that a piece cannot be cut between them: much of its sound would be missing."""
+    return isinstance(stream, AudioStream) and codec_name(stream) in _LONG
 
 
 def add_copy(stream: Stream, target: OutputContainer) -> Stream:
@@ -85,14 +94,15 @@ def encoders_for(source: AudioStream, format_name: str) -> tuple[str, ...]:
 
 
 class SoundConverter:
-    """Decodes sound and encodes it with `encoder` into a new stream of `target`, every sample at its time.
+    """Decodes sound and encodes it with `encoder` into a new stream of `target`, every sample at its time, and none
+    outside of `window`.
 
     Raises `ValueError` or an FFmpeg error where there is no way.
     """
 
-    def __init__(self, source: AudioStream, target: OutputContainer, encoder: str) -> None:
+    def __init__(self, source: AudioStream, target: OutputContainer, encoder: str, window: Window) -> None:
         self.damaged = 0
-        self._source = source
+        self._source, self._window = source, window
         self._next: int | None = None  # where the next sample is due, counted in samples
         context = source.codec_context
         if context.layout.nb_channels not in LAYOUTS or not context.sample_rate:
@@ -113,7 +123,8 @@ class SoundConverter:
         try:
             for frame in self._source.decode(packet):
                 for placed in self._in_place(frame):
-                    packets += self.stream.encode(placed)
+                    for kept in self._inside(placed):
+                        packets += self.stream.encode(kept)
         except (ValueError, OverflowError, av.error.FFmpegError):  # another layout or rate than before, an absurd time
             self.damaged += 1
         if packet is None:
@@ -138,6 +149,24 @@ class SoundConverter:
             return
         frame.pts, frame.time_base = due, Fraction(1, rate)
         self._next = due + frame.samples
+        yield frame
+
+    def _inside(self, frame: AudioFrame) -> Iterator[AudioFrame]:
+        """What the window holds of a frame that is in its place."""
+        window, rate, pts, end = self._window, frame.sample_rate, frame.pts, frame.samples
+        assert pts is not None
+        begin = 0 if window.start is None else max(0, round((window.start + window.shift) * rate) - pts)
+        end = end if window.end is None else min(end, round((window.end + window.shift) * rate) - pts)
+        if begin >= end:
+            return
+        if end - begin < frame.samples:
+            fifo = AudioFifo()
+            frame.pts = None  # a queue begins at 0
+            fifo.write(frame)
+            if begin:
+                fifo.read(begin)
+            frame = cast(AudioFrame, fifo.read(end - begin))
+            frame.pts, frame.time_base = pts + begin, Fraction(1, rate)
         yield frame
 
 

@@ -36,17 +36,21 @@ class Window:
     shift: Fraction = Fraction(0)
     moves: tuple[Fraction, ...] = ()
 
-    def place(self, packet: av.Packet[Any], *, clip: bool) -> bool:
+    @property
+    def is_cut(self) -> bool:
+        return self.start is not None or self.end is not None
+
+    def place(self, packet: av.Packet[Any], *, clip: bool, lead: int = 0) -> bool:
         """Moves a packet to its time in the output; False: it is outside.
 
         A packet belongs where it starts: sound may begin, and end, later than the piece by less than one packet (PCM 20
-        ms, FLAC 0.1 s), for it is not coded anew. With `clip`, for what is shown for a while, a packet belongs where
-        any of it is, and is cut.
+        ms, FLAC 0.1 s), for it is not coded anew; where it is, packets of `lead` seconds before the piece belong to it.
+        With `clip`, for what is shown for a while, a packet belongs where any of it is, and is cut.
         """
         tick = packet.time_base
         pts = packet.dts if packet.pts is None else packet.pts
         if pts is None:
-            return self.start is None and self.end is None
+            return not self.is_cut
         if abs(pts) >= _ABSURD:
             return False
         last = pts + (packet.duration or 0)
@@ -54,7 +58,7 @@ class Window:
             late = ceil(self.start / tick) - pts
             pts += late
             packet.pts, packet.dts, packet.duration = pts, pts, last - pts
-        if self.start is not None and pts * tick < self.start:
+        if self.start is not None and pts * tick < self.start - lead:
             return False
         if self.end is not None and pts * tick >= self.end:
             return False
