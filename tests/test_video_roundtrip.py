@@ -131,10 +131,11 @@ def test_a_clock_that_is_too_fine_for_libvpx(tmp_path: Path, ticks: int, suffix:
     assert_same_times(video_times(target), video_times(source), suffix)
 
 
+@pytest.mark.parametrize("pts", [(0, 1, 2, 22, 42), (7, 11, 16, 20)])
 @pytest.mark.parametrize("codec", ["h264", "vp9", "ffv1", "prores"])
-def test_frames_nearer_than_the_clock_of_matroska(tmp_path: Path, codec: str) -> None:
+def test_frames_nearer_than_the_clock_of_matroska(tmp_path: Path, codec: str, pts: tuple[int, ...]) -> None:
     """FFmpeg takes the duration that the rate tells, here none, for that of the first frames, and moves them by it."""
-    clip = Clip(pts=(0, 1, 2, 22, 42), codec="ffv1", pix_fmt="bgr0")
+    clip = Clip(pts=pts, codec="ffv1", pix_fmt="bgr0")
     source, target = write_clip(tmp_path / "in.nut", clip, "nut"), tmp_path / "out.mkv"
     copy_clip(source, target, codec=codec)
     assert_same_times(video_times(target), video_times(source), ".mkv")

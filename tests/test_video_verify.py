@@ -76,7 +76,7 @@ def test_an_altered_matroska_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".mov"])
-@pytest.mark.parametrize("last", [100, 512, 12800])
+@pytest.mark.parametrize("last", [1, 100, 512, 12800])
 def test_the_last_frame_is_shown_as_long_as_in_the_source(tmp_path: Path, suffix: str, last: int) -> None:
     """Durations of packets tell it, where the whole of the file agrees."""
     intra = write_clip(tmp_path / "clip.mp4", Clip(pts=PTS, options={"bf": "0"}))

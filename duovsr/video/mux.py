@@ -57,7 +57,9 @@ def join_pieces(
     Returns what people should know of the streams. Raises `UsageError` where the container does not hold the codec,
     `NoSpaceError`, and `DuovsrError` where the file cannot be finished.
     """
-    clock = _clock(pieces, source, end) if format_name in _QUICK else source.time_base
+    quick = format_name in _QUICK
+    clock = _clock(pieces, source, end) if quick else source.time_base
+    shortest = 0 if quick else round(NUMBER_BASE / clock)  # in place of none, FFmpeg takes what the rate tells
     options = _muxer_options(format_name, clock)
     copier: StreamCopier | None = None
     with disk_errors(target):
@@ -75,13 +77,13 @@ def join_pieces(
             copier = StreamCopier(source.path, container, video, window=window, audio=audio, subtitles=subtitles)
         with disk_errors(target):
             for packet in _packets(pieces, source, window.shift, end):
-                packet.stream = video
+                packet.stream, packet.duration = video, max(packet.duration or 0, shortest)
                 if copier is not None and packet.dts is not None:
                     copier.copy_until(packet.dts * packet.time_base)
                 container.mux(packet)
             if copier is not None:
                 copier.finish()
-            is_alone = format_name in _QUICK and len(container.streams) == 1 and bool(container.chapters())
+            is_alone = quick and len(container.streams) == 1 and bool(container.chapters())
             container.close()
             if is_alone:
                 refer_to_chapters(target)
