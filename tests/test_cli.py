@@ -57,6 +57,8 @@ def test_dry_run_plans_and_writes_nothing(run: Run, tmp_path: Path) -> None:
     assert run("upscale", source, tmp_path / "out.mp4", "--size", "128x96", "--dry-run") == 0
     for words in ("64x48 -> 128x96", "chunks", "tiles", "memory", "estimate"):
         assert words in run.out
+    assert run("upscale", source, tmp_path / "out.mp4", "--start", "2f", "--end", "0.2", "--dry-run") == 0
+    assert "frames: about 3\n" in run.out
     assert run("upscale", source, tmp_path / "out.mp4", "--dry-run", "--json") == 0
     assert json.loads(run.out)["seconds_per_frame"] > 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.mp4"]

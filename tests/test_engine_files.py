@@ -15,8 +15,8 @@ import pytest
 from PIL import Image
 
 from duovsr import UpscaleOptions, Upscaler
-from duovsr.errors import DuovsrError, UsageError
-from duovsr.options import Position
+from duovsr.errors import DuovsrError, NoSpaceError, UsageError
+from duovsr.options import Position, Progress
 from duovsr.video.info import probe
 from duovsr.video.output import PICTURES
 from duovsr.video.pictures import FORMATS
@@ -147,14 +147,38 @@ def test_a_clip_is_no_image(small_upscaler: Upscaler, tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["in.mp4"]
 
 
+def test_many_pictures_in_one_file_are_no_image(small_upscaler: Upscaler, tmp_path: Path) -> None:
+    """An animated PNG does not say beforehand how many there are."""
+    first, *others = (Image.fromarray(picture(index, (32, 24))) for index in range(5))
+    first.save(tmp_path / "in.png", save_all=True, append_images=others, duration=100)
+    with pytest.raises(UsageError, match="a clip does not fit one image"):
+        small_upscaler.upscale_file(tmp_path / "in.png", tmp_path / "out.png")
+    assert os.listdir(tmp_path) == ["in.png"]
+
+
 @pytest.mark.parametrize(
-    ("start", "end", "frame"), [("3f", "4f", 3), ("0.12", "0.16", 3), ("0.1", "0.15", 3), ("11f", "99f", None)]
+    ("start", "end", "frame"),
+    [
+        ("3f", "4f", 3),
+        ("0.12", "0.16", 3),
+        ("0.1", "0.15", 3),
+        ("11f", "99f", 11),
+        ("11f", None, 11),
+        (None, "1f", 0),
+        ("0", "1f", 0),
+        ("0.43", None, 11),
+        ("10f", "99f", None),
+    ],
 )
 def test_a_piece_of_one_frame_is_an_image(
-    small_upscaler: Upscaler, tmp_path: Path, start: str, end: str, frame: int | None
+    small_upscaler: Upscaler, tmp_path: Path, start: str | None, end: str | None, frame: int | None
 ) -> None:
     source, target = write_clip(tmp_path / "in.mp4"), tmp_path / "out.png"
-    options = UpscaleOptions(scale=2, start=Position.parse(start), end=Position.parse(end))
+    options = UpscaleOptions(
+        scale=2,
+        start=None if start is None else Position.parse(start),
+        end=None if end is None else Position.parse(end),
+    )
     if frame is None:
         with pytest.raises(UsageError, match="a clip does not fit one image"):
             small_upscaler.upscale_file(source, target, options)
@@ -162,6 +186,36 @@ def test_a_piece_of_one_frame_is_an_image(
     small_upscaler.upscale_file(source, target, options)
     (found,) = frames_of(target)
     assert (found == restored(small_upscaler, [frames_of(source)[frame]])[0]).all()
+
+
+@pytest.mark.parametrize(
+    ("start", "end", "frames"),
+    [(None, None, 12), ("3f", "5f", 2), ("10f", "99f", 2), ("0.1", "0.2", 2), (None, "0.41", 11), ("0.4", None, 2)],
+)
+def test_the_frames_of_a_piece_are_counted_beforehand(
+    small_upscaler: Upscaler,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    start: str | None,
+    end: str | None,
+    frames: int,
+) -> None:
+    """For the progress, and for the space on the disk."""
+    source = write_clip(tmp_path / "in.mp4")
+    options = UpscaleOptions(
+        scale=2,
+        codec="ffv1",
+        start=None if start is None else Position.parse(start),
+        end=None if end is None else Position.parse(end),
+    )
+    free = 2 * (frames * 128 * 96 // 10)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=free))
+    reports: list[Progress] = []
+    small_upscaler.upscale_file(source, tmp_path / "out.mkv", options, reports.append)
+    assert reports[-1] == Progress(frames, frames)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=free - 1))
+    with pytest.raises(NoSpaceError):
+        small_upscaler.upscale_file(source, tmp_path / "2.mkv", options)
 
 
 @pytest.mark.parametrize("codec", [None, "ffv1"])

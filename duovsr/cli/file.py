@@ -94,4 +94,5 @@ def _show_estimate(upscaler: Upscaler, info: VideoInfo, options: UpscaleOptions,
 
     plan = upscaler.plan(info.width, info.height, options)
     streams = upscaler.model.preset.transformer.streams
-    show_plan(plan, info.num_frames, seconds_per_frame(upscaler, plan, options), streams, as_json)
+    frames = info.frames_between(options.start, options.end)
+    show_plan(plan, frames, seconds_per_frame(upscaler, plan, options), streams, as_json)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from fractions import Fraction
@@ -100,7 +100,8 @@ class _Work:
     def count(self, frames: int) -> None:
         self.frames += frames
         if self.on_progress is not None:
-            self.on_progress(Progress(self.frames, self.info.num_frames))
+            total = self.info.frames_between(self.options.start, self.options.end)
+            self.on_progress(Progress(self.frames, total))
 
 
 def upscale_file(
@@ -124,9 +125,6 @@ def upscale_file(
         decoder=options.decoder,
     ) as reader:
         info = reader.info
-        if target.kind == "image" and _frames_asked_for(info, options) > 1:
-            hint = "write a pattern such as frames/%05d.png, or a video"
-            raise UsageError(f"a clip does not fit one image: `{destination}`", hint=hint)
         plan = upscaler.plan(info.width, info.height, options)
         encoding = encoding_for(target, info, plan.target_size, options)
         work = _Work(upscaler, options, plan, info, encoding, on_progress, should_stop)
@@ -134,26 +132,23 @@ def upscale_file(
             _to_pipe(work, reader, target)
         else:
             rehearse(target, info, *plan.target_size, encoding)
-            check_space(destination, 2 * _least_bytes(info, plan, encoding))  # pieces, and the file
+            check_space(destination, 2 * _least_bytes(work))  # pieces, and the file
             with Job(destination, _identity(work), plan, restart=options.restart or source == PIPE) as job:
                 work.plan = job.plan
-                _make_pieces(work, reader, job)
+                _make_pieces(work, _only_one(reader, target) if target.kind == "image" else reader, job)
                 _put_together(work, reader, job, target)
         notices = [*reader.notices, *encoding.notices, *work.notices, *_sound_left_out(work, target)]
     seconds = time.monotonic() - began
     return UpscaleReport(work.frames, work.reused, seconds, work.plan, tuple(dict.fromkeys(notices)), work.stages)
 
 
-def _frames_asked_for(info: VideoInfo, options: UpscaleOptions) -> int:
-    """At least, where it is known."""
-    start, end, frames = options.start, options.end, info.num_frames or 1
-    if start is None or end is None:
-        return frames
-    if start.frame is not None and end.frame is not None:
-        return min(frames, end.frame - start.frame)
-    if start.seconds is not None and end.seconds is not None:
-        return min(frames, int((end.seconds - start.seconds) / (info.step * info.time_base)))
-    return frames
+def _only_one(frames: Iterable[Frame], target: Target) -> Iterator[Frame]:
+    """The only one of `frames`. A second one raises `UsageError`: before it is read nobody can be sure."""
+    for number, frame in enumerate(frames):
+        if number > 0:
+            hint = "write a pattern such as frames/%05d.png, or a video"
+            raise UsageError(f"a clip does not fit one image: `{target.path}`", hint=hint)
+        yield frame
 
 
 def _identity(work: _Work) -> dict[str, Any]:
@@ -172,7 +167,7 @@ def _identity(work: _Work) -> dict[str, Any]:
     }
 
 
-def _make_pieces(work: _Work, reader: VideoReader, job: Job) -> None:
+def _make_pieces(work: _Work, frames: Iterable[Frame], job: Job) -> None:
     """Decode everything from the start, and restore and encode the chunks of pieces that the job needs.
 
     What is there already is decoded again, which is quick beside the model, and makes chunks, scenes and places equal
@@ -184,7 +179,7 @@ def _make_pieces(work: _Work, reader: VideoReader, job: Job) -> None:
     step: _Step | None = None
     stopped = False
     with (
-        prefetch(reader, depth) as decoded,
+        prefetch(frames, depth) as decoded,
         ExitStack() as on_failure,
         BackgroundSink(writer, depth) as sink,
     ):
@@ -333,7 +328,8 @@ def _pixels(frames: Iterator[Frame], times: deque[Frame]) -> Iterator[np.ndarray
         yield frame.pixels
 
 
-def _least_bytes(info: VideoInfo, plan: Plan, encoding: Encoding) -> int:
+def _least_bytes(work: _Work) -> int:
     """What even a dull clip takes: only a job that cannot fit is refused early."""
-    rate = 0.1 if encoding.name == "ffv1" else 0.001  # bytes a pixel and frame
-    return int((info.num_frames or 0) * plan.target_size[0] * plan.target_size[1] * rate)
+    width, height = work.plan.target_size
+    rate = 0.1 if work.encoding.name == "ffv1" else 0.001  # bytes a pixel and frame
+    return int((work.info.frames_between(work.options.start, work.options.end) or 0) * width * height * rate)

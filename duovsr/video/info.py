@@ -6,11 +6,13 @@ from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from fractions import Fraction
+from math import ceil
 from pathlib import Path
 
 import av
 
 from duovsr.errors import InputError
+from duovsr.options import Position
 from duovsr.video.color import ColorTags, bit_depth, chroma_samples, picture_tags
 from duovsr.video.container import codec_name, main_video, open_input
 from duovsr.video.sidedata import HDRMetadata, MasteringDisplay, SideData
@@ -67,6 +69,21 @@ class VideoInfo:
         if self.sample_aspect_ratio is None or 2 * abs(across - down) <= self.width + self.height:
             return self.sample_aspect_ratio
         return (self.sample_aspect_ratio * Fraction(down, across)).limit_denominator(_FINEST_ASPECT)
+
+    def frames_between(self, start: Position | None, end: Position | None) -> int | None:
+        """`num_frames` of a piece: as good as that for numbers of frames, an estimate for seconds."""
+        if self.num_frames is None:
+            return None
+        first = 0 if start is None else self._number_at(start)
+        last = self.num_frames if end is None else min(self._number_at(end), self.num_frames)
+        return max(0, last - first)
+
+    def _number_at(self, position: Position) -> int:
+        """Of the first frame at or after it."""
+        if position.frame is not None:
+            return position.frame
+        assert position.seconds is not None, "a position is a frame or a time"
+        return ceil(position.seconds * (self.frame_rate or IMAGES_RATE))
 
 
 def probe(path: Path) -> VideoInfo:

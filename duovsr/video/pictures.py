@@ -12,7 +12,7 @@ import av
 from av.video.frame import VideoFrame
 from av.video.reformatter import VideoReformatter
 
-from duovsr.errors import Remark, UsageError
+from duovsr.errors import Remark
 from duovsr.video.color import bit_depth
 from duovsr.video.images import numbered_files, numbered_name
 from duovsr.video.output import disk_errors, fsync, fsync_folder, give_name, is_stamped, stamps_left
@@ -50,12 +50,8 @@ _OPTIONS = {"libwebp": {"lossless": "0", "quality": "95"}, "mjpeg": {"q": "2", "
 
 
 def write_picture(pieces: Sequence[Piece], partial: Path, target: Path) -> None:
-    """Write the only frame of `pieces` into the file `partial`, as the name of `target` asks for. Raises `UsageError`
-    where there are several."""
-    count = sum(len(piece.pts) for piece in pieces)
-    if count != 1:
-        hint = "write a pattern such as frames/%05d.png, or a video"
-        raise UsageError(f"{count} frames do not fit one image: `{target}`", hint=hint)
+    """Write the only frame of `pieces` into the file `partial`, as the name of `target` asks for."""
+    assert sum(len(piece.pts) for piece in pieces) == 1
     with disk_errors(target):
         partial.write_bytes(_coded(next(_frames(pieces)), target.suffix.lower()))
 
