@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -203,6 +204,19 @@ def test_pipes_that_cannot_be_are_refused(run: Run, tmp_path: Path, monkeypatch:
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
     run.fails(2, "terminal", "upscale", source, "-")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.mp4"]
+
+
+@pytest.mark.skipif(not Path("/dev/fd").exists(), reason="no names for open files")
+def test_a_source_that_is_there_only_once_is_to_be_piped(run: Run, tmp_path: Path) -> None:
+    """A file is opened several times. Of a named pipe the second time would wait, of `<(...)` it would read nothing."""
+    os.mkfifo(tmp_path / "pipe")
+    reading, writing = os.pipe()
+    with open(reading, "rb"), open(writing, "wb"):
+        for source in (tmp_path / "pipe", f"/dev/fd/{reading}"):
+            run.fails(3, f"not a regular file: `{source}`", "upscale", source, tmp_path / "out.mkv")
+            assert "| duovsr upscale - DST" in run.err
+    with write_clip(tmp_path / "in.mp4").open("rb") as file:
+        assert run("upscale", f"/dev/fd/{file.fileno()}", tmp_path / "out.mkv", "--scale", 1) == 0, run.err
 
 
 def test_no_space_is_exit_code_4(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

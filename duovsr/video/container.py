@@ -22,6 +22,8 @@ def open_input(path: Path) -> InputContainer:
     """The opened container of any file FFmpeg reads; `-` is standard input. Raises `InputError`."""
     if path.is_dir():
         raise InputError(f"a folder, not a video: `{path}`")
+    if path != PIPE and path.exists() and not path.is_file():  # a named pipe or `<(...)`, which is there only once
+        raise InputError(f"not a regular file: `{path}`", hint="pipe it: ... | duovsr upscale - DST")
     try:
         if path == PIPE:
             return _open_pipe()
