@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from fractions import Fraction
+from itertools import count
 from pathlib import Path
 
 import av
@@ -16,6 +17,7 @@ from duovsr.errors import DuovsrError
 from duovsr.model.one_step import OneStepModel
 from duovsr.video import mux
 from duovsr.video.codecs import CODECS
+from duovsr.video.color import FrameToRgb, RgbToFrame
 from tests.clips import Clip, video_times, write_clip
 from tests.command_line import Run, running
 
@@ -76,6 +78,45 @@ def test_a_file_that_cannot_be_finished_is_not_done_with_notices(
     run.fails(4, "cannot be finished", "upscale", write_clip(tmp_path / "in.mp4"), tmp_path / "out.mp4", "--scale", 1)
     assert not (tmp_path / "out.mp4").exists()
     assert DuovsrError.exit_code == 4
+
+
+@pytest.mark.parametrize("place", [FrameToRgb, RgbToFrame])
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        (av.error.MemoryError(12, "Cannot allocate memory", "sws"), 5, "out of memory: [Errno 12] Cannot allocate"),
+        (MemoryError(), 5, "out of memory"),
+        (av.error.ExternalError(1, "Generic error", "encode"), 4, "FFmpeg failed on the way to"),
+    ],
+)
+def test_failures_beside_the_model_are_one_line(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: type, error: Exception, code: int, words: str
+) -> None:
+    """An encoder that gives up, and host memory that runs out in one of the threads."""
+    calls = count()
+    convert = place.__call__
+
+    def fails_later(*arguments: object) -> object:
+        if next(calls) == 5:
+            raise error
+        return convert(*arguments)
+
+    monkeypatch.setattr(place, "__call__", fails_later)
+    source = write_clip(tmp_path / "in.mp4")
+    run.fails(code, words, "upscale", source, tmp_path / "out.mp4", "--scale", 1)
+    assert "hint: " in run.err
+    assert [path.name for path in tmp_path.iterdir()] == ["in.mp4"]
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+def test_a_model_that_memory_does_not_hold(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def load(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(Upscaler, "from_preset", load)
+    run.fails(5, "out of memory", "upscale", write_clip(tmp_path / "in.mp4"), tmp_path / "out.mp4")
 
 
 def test_a_closed_pipe_is_one_line(tmp_path: Path) -> None:

@@ -203,8 +203,9 @@ def test_out_of_memory_after_every_step_down_is_an_error(
     small_upscaler: Upscaler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     limited_memory(small_upscaler.model, 0, monkeypatch)
-    with pytest.raises(OutOfMemoryError, match="out of cpu memory"):
+    with pytest.raises(OutOfMemoryError, match="out of cpu memory") as caught:
         small_upscaler.upscale_file(write_clip(tmp_path / "in.mp4"), tmp_path / "out.mp4", UpscaleOptions(scale=2))
+    assert caught.value.hint == "use a smaller `--tile` (512 is the least)"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.mp4"]
 
 

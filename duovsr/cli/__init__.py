@@ -6,7 +6,7 @@ Commands import what they need when they run, so that `duovsr --help` loads no t
 from __future__ import annotations
 
 import sys
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -17,7 +17,7 @@ from duovsr.cli.show import fail
 from duovsr.cli.signals import EXIT_INTERRUPTED, EXIT_TERMINATED, Terminated, handle_termination
 from duovsr.cli.train import train
 from duovsr.cli.upscale import upscale
-from duovsr.errors import EXIT_OK, DuovsrError, UsageError
+from duovsr.errors import EXIT_OK, DuovsrError, OutOfMemoryError, UsageError
 
 _ClickUsageError: Any = typer.BadParameter.__base__  # typer's only public name for it is through its child
 
@@ -56,8 +56,20 @@ def main() -> None:
         context = error.ctx
         command = context.command_path if context else "duovsr"
         fail(error.format_message(), f"see `{command} --help`", UsageError.exit_code)
+    except (MemoryError, RuntimeError) as error:
+        _fail_for_memory(error)
     except Terminated:
         fail("terminated", None, EXIT_TERMINATED)
     if code == EXIT_INTERRUPTED:  # typer turns Ctrl-C into this code
         fail("interrupted", None, EXIT_INTERRUPTED)
     sys.exit(code if isinstance(code, int) else EXIT_OK)
+
+
+def _fail_for_memory(error: MemoryError | RuntimeError) -> NoReturn:
+    """What is neither the work on a file nor training, which have hints of their own: a model that is loaded, say."""
+    if not isinstance(error, MemoryError):  # for which alone torch need not be there
+        from duovsr.engine.memory import is_out_of_memory
+
+        if not is_out_of_memory(error):
+            raise error
+    fail("out of memory", "free some memory, or use a smaller clip or model", OutOfMemoryError.exit_code)

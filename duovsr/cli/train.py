@@ -65,21 +65,17 @@ def _told(out: Path, inputs: list[Path]) -> Iterator[None]:
     """The machine's failures (disks, memory, killed processes) as errors of one line and a hint."""
     from concurrent.futures.process import BrokenProcessPool
 
-    from duovsr.engine.memory import is_out_of_memory
+    from duovsr.engine.memory import memory_errors
 
+    smaller = "set smaller windows (`crop`, `side`, `frames`), or a smaller `batch` or a larger `accumulate`"
     try:
-        yield
+        with memory_errors(smaller):
+            yield
     except OSError as error:
         raise _disk_error(error, Path(str(error.filename or out)), inputs) from error
     except BrokenProcessPool as error:
         hint = "set fewer `workers`; the same command goes on"
         raise OutOfMemoryError("a worker was killed, probably for want of memory", hint=hint) from error
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        reason = " ".join(str(error).split())[:160]
-        hint = "set smaller windows (`crop`, `side`, `frames`), or a smaller `batch` or a larger `accumulate`"
-        raise OutOfMemoryError(f"out of memory: {reason}", hint=hint) from error
 
 
 def _disk_error(error: OSError, path: Path, inputs: list[Path]) -> DuovsrError:

@@ -6,26 +6,28 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field, replace
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import av
 import numpy as np
 
-from duovsr import __version__
-from duovsr.engine.jobs import Job, fingerprint
+from duovsr.engine.identity import identity_of
+from duovsr.engine.jobs import Job
+from duovsr.engine.memory import memory_errors
 from duovsr.engine.pipeline import BackgroundSink, one_ahead, prefetch
 from duovsr.engine.plan import Plan
 from duovsr.engine.run import Launched, Run, States
 from duovsr.engine.stages import StageTimes
-from duovsr.errors import InputError, Interrupted, Remark, UsageError
+from duovsr.errors import DuovsrError, InputError, Interrupted, Remark, UsageError
 from duovsr.model.resize import resize_plane
 from duovsr.options import PIPE, Progress, UpscaleOptions
 from duovsr.video.codecs import Encoding, encoding_for
 from duovsr.video.encoder import VideoEncoder
-from duovsr.video.images import image_files, kind_of
+from duovsr.video.images import kind_of
 from duovsr.video.info import VideoInfo
 from duovsr.video.mux import join_pieces, rehearse
 from duovsr.video.output import Target, check_space, check_target, may_replace, publish
@@ -38,7 +40,6 @@ if TYPE_CHECKING:
     from duovsr.engine.upscaler import Upscaler
 
 PIECE_FRAMES = 48  # at least; each begins with a keyframe, and a crash costs at most one
-_NOT_PIXELS = ("audio", "subtitles", "overwrite", "restart")  # options that change nothing in the pieces
 _NO_PIXELS = np.empty((0, 0, 3), np.uint8)
 
 
@@ -104,6 +105,7 @@ class _Work:
             self.on_progress(Progress(self.frames, total))
 
 
+@memory_errors("free some memory, or use a smaller `--chunk` or `--size`")
 def upscale_file(
     upscaler: Upscaler,
     source: Path,
@@ -128,18 +130,25 @@ def upscale_file(
         plan = upscaler.plan(info.width, info.height, options)
         encoding = encoding_for(target, info, plan.target_size, options)
         work = _Work(upscaler, options, plan, info, encoding, on_progress, should_stop)
-        if target.kind == "pipe":
-            _to_pipe(work, reader, target)
-        else:
-            rehearse(target, info, *plan.target_size, encoding)
-            check_space(destination, 2 * _least_bytes(work))  # pieces, and the file
-            with Job(destination, _identity(work), plan, restart=options.restart or source == PIPE) as job:
-                work.plan = job.plan
-                _make_pieces(work, _only_one(reader, target) if target.kind == "image" else reader, job)
-                _put_together(work, reader, job, target)
+        with _ffmpeg_errors(destination):
+            if target.kind == "pipe":
+                _to_pipe(work, reader, target)
+            else:
+                _to_file(work, reader, target)
         notices = [*reader.notices, *encoding.notices, *work.notices, *_sound_left_out(work, target)]
     seconds = time.monotonic() - began
     return UpscaleReport(work.frames, work.reused, seconds, work.plan, tuple(dict.fromkeys(notices)), work.stages)
+
+
+def _to_file(work: _Work, reader: VideoReader, target: Target) -> None:
+    source, destination = work.info.path, target.path
+    rehearse(target, work.info, *work.plan.target_size, work.encoding)
+    check_space(destination, 2 * _least_bytes(work))  # pieces, and the file
+    identity = identity_of(source, work.upscaler, work.options, work.encoding, PIECE_FRAMES)
+    with Job(destination, identity, work.plan, restart=work.options.restart or source == PIPE) as job:
+        work.plan = job.plan
+        _make_pieces(work, _only_one(reader, target) if target.kind == "image" else reader, job)
+        _put_together(work, reader, job, target)
 
 
 def _only_one(frames: Iterable[Frame], target: Target) -> Iterator[Frame]:
@@ -151,20 +160,16 @@ def _only_one(frames: Iterable[Frame], target: Target) -> Iterator[Frame]:
         yield frame
 
 
-def _identity(work: _Work) -> dict[str, Any]:
-    """All that the pixels depend on, but for the plan, which a job keeps."""
-    options = {key: str(value) for key, value in asdict(work.options).items() if key not in _NOT_PIXELS}
-    source = work.info.path
-    return {
-        "duovsr": __version__,
-        "source": None if source == PIPE else fingerprint(image_files(source) or [source]),
-        "model": work.upscaler.model.fingerprint(),
-        "device": work.plan.device,
-        "dtype": ", ".join(work.upscaler.precisions),
-        "encoder": asdict(replace(work.encoding, notices=())),
-        "options": options,
-        "piece_frames": PIECE_FRAMES,
-    }
+@contextmanager
+def _ffmpeg_errors(destination: Path) -> Iterator[None]:
+    """What is expected nowhere else, such as an encoder that gives up in mid-clip, in one line."""
+    try:
+        yield
+    except av.error.FFmpegError as error:
+        if isinstance(error, MemoryError):
+            raise
+        message = f"FFmpeg failed on the way to `{destination}`: {error.strerror} ({error.filename})"
+        raise DuovsrError(message, hint="memory may be short; or try another --codec") from error
 
 
 def _make_pieces(work: _Work, frames: Iterable[Frame], job: Job) -> None:

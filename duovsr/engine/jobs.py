@@ -272,19 +272,6 @@ class Job:
         return digest
 
 
-def fingerprint(files: Sequence[Path]) -> str:
-    """A digest that tells sources apart without reading them whole: names, sizes, dates, first and last MiB of each."""
-    digest = hashlib.sha256()
-    for path in files:
-        status = path.stat()
-        digest.update(f"{path.name}\0{status.st_size}\0{status.st_mtime_ns}\0".encode(errors="surrogateescape"))
-        with path.open("rb") as file:
-            digest.update(file.read(2**20))
-            file.seek(max(0, status.st_size - 2**20))
-            digest.update(file.read())
-    return digest.hexdigest()
-
-
 def _count_packets(path: Path) -> int:
     with av.open(str(path.absolute())) as container:
         return sum(1 for packet in container.demux(video=0) if packet.size)

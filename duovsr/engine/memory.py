@@ -13,6 +13,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from duovsr.errors import OutOfMemoryError
+
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 # What the CPU's allocator says; CUDA itself, of page-locked memory; and its library, of room to work in.
@@ -64,6 +66,18 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _OUT_OF_MEMORY)
+
+
+@contextmanager
+def memory_errors(hint: str) -> Iterator[None]:
+    """Memory that runs out becomes an `OutOfMemoryError` of one line, with this hint."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        reason = " ".join(str(error).split())[:160]
+        raise OutOfMemoryError(f"out of memory: {reason}" if reason else "out of memory", hint=hint) from error
 
 
 def release_memory(device: torch.device) -> None:

@@ -229,9 +229,10 @@ class Upscaler:
             if smaller is None:
                 self._fitting.pop(plan, None)  # at another time there may be more
                 hint = "a smaller `--tile` (512 is the least)" if streams else "a smaller `--chunk` or `--size`"
+                elsewhere = "" if plan.device == "cpu" else ", or `--device cpu`"
                 raise OutOfMemoryError(
                     f"out of {plan.device} memory with a chunk of {chunk.padded_length} frames",
-                    hint=f"use {hint}, or `--device cpu`",
+                    hint=f"use {hint}{elsewhere}",
                 )
             fitting = self._fitting[plan] = smaller
 
