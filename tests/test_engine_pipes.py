@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import sys
 from fractions import Fraction
 from pathlib import Path
@@ -13,8 +14,9 @@ import av
 import pytest
 
 from duovsr import UpscaleOptions
+from duovsr.engine import files
 from duovsr.engine.files import UpscaleReport
-from duovsr.errors import Remark, UsageError
+from duovsr.errors import Interrupted, Remark, UsageError
 from duovsr.video.codecs import encoding_for
 from duovsr.video.encoder import VideoEncoder
 from duovsr.video.output import Target
@@ -113,3 +115,48 @@ def test_sound_is_not_lost_without_a_word(tmp_path: Path, through_pipe: Any, mon
             monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=file, isatty=lambda: False))
             report = bicubic().upscale_file(Path("-"), target, UpscaleOptions(scale=1, audio=audio))
         assert any("the sound is not kept" in warning for warning in report.warnings) == audio
+
+
+@pytest.fixture
+def from_pipe(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """`run(source, target, should_stop)` upscales what comes through standard input, in pieces of 12 frames."""
+    monkeypatch.setattr(files, "PIECE_FRAMES", 12)
+
+    def run(source: Path, target: Path, should_stop: Any = lambda: False, **options: Any) -> UpscaleReport:
+        with source.open("rb") as file:
+            monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=file, isatty=lambda: False))
+            wanted = UpscaleOptions(scale=1, **options)
+            return bicubic().upscale_file(Path("-"), target, wanted, should_stop=should_stop)
+
+    return run
+
+
+def test_what_a_pipe_began_is_not_kept(tmp_path: Path, from_pipe: Any) -> None:
+    source = write_clip(tmp_path / "in.mkv", Clip(pts=range(0, 40 * 40, 40), time_base=Fraction(1, 1000)))
+    target, folder = tmp_path / "out.mkv", tmp_path / "out.mkv.duovsr"
+    names: set[str] = set()
+
+    def stop() -> bool:
+        names.update(os.listdir(folder))
+        return "journal.jsonl" in names
+
+    with pytest.raises(Interrupted, match="no output was written"):
+        from_pipe(source, target, stop)
+    assert "piece_000000.mkv" in names
+    assert "job.json" not in names, "after a crash, nobody would go on with it"
+    assert os.listdir(tmp_path) == ["in.mkv"]
+
+
+def test_a_pipe_does_not_discard_the_work_of_another_source(tmp_path: Path, from_pipe: Any) -> None:
+    source = write_clip(tmp_path / "in.mkv", Clip(pts=range(0, 40 * 40, 40), time_base=Fraction(1, 1000)))
+    target = tmp_path / "out.mkv"
+    with pytest.raises(Interrupted):
+        bicubic().upscale_file(source, target, UpscaleOptions(scale=1), should_stop=lambda: True)
+    with pytest.raises(UsageError, match="had another source"):
+        from_pipe(source, target)
+    assert bicubic().upscale_file(source, target, UpscaleOptions(scale=1)).reused > 0
+    target.unlink()
+    with pytest.raises(Interrupted):
+        bicubic().upscale_file(source, target, UpscaleOptions(scale=1), should_stop=lambda: True)
+    assert from_pipe(source, target, restart=True).reused == 0
+    assert sorted(os.listdir(tmp_path)) == ["in.mkv", "out.mkv"]

@@ -145,7 +145,8 @@ def _to_file(work: _Work, reader: VideoReader, target: Target) -> None:
     rehearse(target, work.info, *work.plan.target_size, work.encoding)
     check_space(destination, 2 * _least_bytes(work))  # pieces, and the file
     identity = identity_of(source, work.upscaler, work.options, work.encoding, PIECE_FRAMES)
-    with Job(destination, identity, work.plan, restart=work.options.restart or source == PIPE) as job:
+    restart, resumable = work.options.restart, source != PIPE
+    with Job(destination, identity, work.plan, restart=restart, resumable=resumable) as job:
         work.plan = job.plan
         _make_pieces(work, _only_one(reader, target) if target.kind == "image" else reader, job)
         _put_together(work, reader, job, target)
@@ -199,6 +200,8 @@ def _make_pieces(work: _Work, frames: Iterable[Frame], job: Job) -> None:
         if step is not None and not step.is_last and states is not None:
             sink.put(_PieceEnd(step.piece, states, list(work.notices)))
     if stopped:
+        if work.info.path == PIPE:  # cannot be read again
+            raise Interrupted("interrupted; no output was written")
         raise Interrupted(f"interrupted: {work.frames} frames of `{work.info.path}` are done")
     work.notices[:] = map(Remark, job.notices)  # the plan's steps down
 

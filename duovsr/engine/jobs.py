@@ -53,10 +53,13 @@ class Job:
     `plan` is the recorded one, whatever memory is free today. Nothing in the folder is trusted: the record, which holds
     both, counts if it has its own sha256, a line of the journal if it begins with its own, and a piece if its size and
     sha256 are those of its line. Without the record the work begins anew. Leaving the context keeps the folder if it
-    holds a piece.
+    holds a piece, unless the work is one that cannot be gone on with, not `resumable`, which has no record either.
     """
 
-    def __init__(self, destination: Path, identity: dict[str, Any], plan: Plan, *, restart: bool) -> None:
+    def __init__(
+        self, destination: Path, identity: dict[str, Any], plan: Plan, *, restart: bool, resumable: bool = True
+    ) -> None:
+        self._resumable = resumable
         self.folder = job_folder(destination)
         self.plan = plan
         self._destination = destination
@@ -82,7 +85,7 @@ class Job:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if not self._entries:
+        if not self._entries or not self._resumable:
             self._clear()
             for name in ("owner", "lock"):
                 (self.folder / name).unlink(missing_ok=True)
@@ -198,7 +201,8 @@ class Job:
                     self._notices.append("the record of the unfinished job was damaged: it began anew")
             self._clear()
             content = {"identity": identity, "plan": self.plan.to_json()}
-            self._replace(record, json.dumps({"sha256": _digest(content), **content}, indent=1))
+            if self._resumable:
+                self._replace(record, json.dumps({"sha256": _digest(content), **content}, indent=1))
         for leftover in self.folder.glob("*.part"):
             leftover.unlink()
 
