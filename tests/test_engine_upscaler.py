@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 
 import av
 import numpy as np
@@ -172,6 +174,11 @@ def test_out_of_memory_steps_down_and_changes_nothing(
     report = upscaler.upscale_file(source, tmp_path / "out.mkv", options)
     assert [length for length in calls if length > 5] == [13], "later chunks begin with what was found"
     assert report.notices == ("memory ran out: the model went on with calls of 4 frames",)
+    assert report.warnings == ()
+    monkeypatch.setattr("sys.stdout", SimpleNamespace(buffer=io.BytesIO()))
+    piped = upscaler.upscale_file(source, "-", options)
+    assert piped.notices == report.notices
+    assert piped.warnings == ()
     with VideoReader(tmp_path / "whole.mkv") as first, VideoReader(tmp_path / "out.mkv") as second:
         for a, b in zip(first, second, strict=True):
             # Other lengths of a batch are other sums in a convolution: a value on the edge of two levels may fall over.

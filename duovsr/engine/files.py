@@ -203,7 +203,7 @@ def _make_pieces(work: _Work, frames: Iterable[Frame], job: Job) -> None:
         if work.info.path == PIPE:  # cannot be read again
             raise Interrupted("interrupted; no output was written")
         raise Interrupted(f"interrupted: {work.frames} frames of `{work.info.path}` are done")
-    work.notices[:] = map(Remark, job.notices)  # the plan's steps down
+    work.notices[:] = job.notices
 
 
 def _steps(work: _Work, run: Run, decoded: Iterator[Frame], job: Job | None) -> Iterator[_Step]:

@@ -21,7 +21,7 @@ from filelock import FileLock, Timeout
 from duovsr.engine.blend import Tail
 from duovsr.engine.plan import Plan
 from duovsr.engine.run import States
-from duovsr.errors import UsageError
+from duovsr.errors import Remark, UsageError
 from duovsr.model.one_step import RestoreState
 from duovsr.model.tiny_vae import VAEState
 from duovsr.model.transformer import TransformerState
@@ -94,10 +94,10 @@ class Job:
         self._lock.release()
 
     @property
-    def notices(self) -> list[str]:
-        """Its own, and those of the pieces, each once."""
+    def notices(self) -> list[Remark]:
+        """Its own, and the steps down of the pieces, each once."""
         of_pieces = (notice for entry in self._entries.values() for notice in entry.notices)
-        return list(dict.fromkeys([*self._notices, *of_pieces]))
+        return [Remark(notice) for notice in dict.fromkeys([*self._notices, *of_pieces])]  # the journal keeps no types
 
     def needs(self, piece: int) -> bool:
         """Whether the piece has to be made: it is missing, damaged, or its states lead to one that is."""

@@ -25,7 +25,7 @@ from duovsr.engine.precision import choose_device, choose_dtype, held, precision
 from duovsr.engine.run import Launched, Run, States, TileStates
 from duovsr.engine.stages import Marks, StageTimes, Watch, WatchedModel, new_clock
 from duovsr.engine.transfer import Arriving, transfer_to
-from duovsr.errors import OutOfMemoryError
+from duovsr.errors import OutOfMemoryError, Remark
 from duovsr.model.int8 import is_faster_in_int8, to_int8
 from duovsr.model.one_step import OneStepModel, RestoreState
 from duovsr.model.quantise import EIGHT_BITS
@@ -318,8 +318,9 @@ def _how(plan: Plan, streams: bool) -> str:
 
 
 def _note(notices: list[str], notice: str) -> None:
+    """A step down, once."""
     if notice not in notices:
-        notices.append(notice)
+        notices.append(Remark(notice))
 
 
 def _tail(outputs: list[np.ndarray]) -> Tail:
