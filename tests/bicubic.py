@@ -41,6 +41,7 @@ class Bicubic:
 
     preset, device, dtype, precision = SMALL, torch.device("cpu"), torch.float32, "float32"
     transformer = vae = Networks(1, 1)
+    attention = "none"
 
     def fingerprint(self) -> str:
         return "bicubic"

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from duovsr import Progress, UpscaleOptions
+from duovsr import Progress, UpscaleOptions, Upscaler
 from duovsr.engine import files, jobs
+from duovsr.errors import Interrupted, UsageError
 from tests.bicubic import bicubic
 from tests.clips import Clip, frame_hashes, write_clip
 
@@ -90,3 +92,20 @@ def read_record(target: Path) -> dict[str, Any]:
 
 def alter_record(target: Path, plan: object) -> None:
     (folder_of(target) / "job.json").write_text(json.dumps({**read_record(target), "plan": plan}))
+
+
+def test_another_attention_is_refused(
+    clip: Path, small_upscaler: Upscaler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    transformer, target = small_upscaler.model.transformer, tmp_path / "out.mp4"
+    with pytest.raises(Interrupted):
+        small_upscaler.upscale_file(clip, target, OPTIONS, should_stop=lambda: True)
+    with monkeypatch.context() as patch:
+        patch.setattr(transformer, "backend", "triton")
+        with pytest.raises(UsageError, match="had another attention"):
+            small_upscaler.upscale_file(clip, target, OPTIONS)
+    try:  # torch's, which `auto` is on a CPU
+        transformer.attend_with("sdpa", torch.device("cpu"))
+        assert small_upscaler.upscale_file(clip, target, OPTIONS).reused > 0
+    finally:
+        transformer.attend_with("auto", torch.device("cpu"))

@@ -28,6 +28,7 @@ def identity_of(
         "duovsr": __version__,
         "source": None if source == PIPE else fingerprint(image_files(source) or [source]),
         "model": upscaler.model.fingerprint(),
+        "attention": upscaler.model.attention,
         "device": upscaler.model.device.type,
         "dtype": ", ".join(upscaler.precisions),
         "encoder": asdict(replace(encoding, notices=())),

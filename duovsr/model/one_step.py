@@ -62,6 +62,13 @@ class OneStepModel:
         """How the transformer's weights are held, in words: see `precision_of`."""
         return precision_of(self.transformer)
 
+    @property
+    def attention(self) -> str:
+        """Who computes it, as `Transformer.attend_with` was told. `auto` only on a GPU, where it depends on the shapes:
+        what was measured for each is remembered there; elsewhere torch's is taken."""
+        told = self.transformer.backend
+        return "sdpa" if told == "auto" and self.device.type != "cuda" else told
+
     def fingerprint(self) -> str:
         """A digest of all that the pixels depend on: the weights, the autoencoder, and where attention looks."""
         described = f"{self.preset.name} {self.preset.transformer.window} {type(self.vae).__name__} {self.digest}"

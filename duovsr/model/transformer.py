@@ -138,6 +138,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.checkpointing = False  # training: recompute the blocks' activations in the backward pass
+        self.backend = "auto"  # of attention
         self.patch_embedding = nn.Conv3d(config.in_channels, config.dim, config.patch, stride=config.patch)
         self.text_embedding = nn.Sequential(
             nn.Linear(config.text_dim, config.dim), nn.GELU(approximate="tanh"), nn.Linear(config.dim, config.dim)
@@ -154,6 +155,7 @@ class Transformer(nn.Module):
         the fastest: `auto`. Raises UsageError for one that is not available. Where a gradient is wanted it is torch's
         all the same."""
         backends.require(backend, device, self.patch_embedding.weight.dtype, self.config.dim // self.config.heads)
+        self.backend = backend
         for module in self.modules():
             if isinstance(module, Attention):
                 module.backend = backend
