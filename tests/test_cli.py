@@ -282,6 +282,17 @@ def test_eval_measures_against_a_truth(run: Run, tmp_path: Path) -> None:
     assert run("eval", tmp_path / "out", "--ref", tmp_path / "gt", *flags) == 3
 
 
+def test_eval_tells_what_is_damaged(run: Run, tmp_path: Path) -> None:
+    source = write_clip(tmp_path / "in.mkv", Clip(pts=range(0, 50 * 512, 512), codec="ffv1", pix_fmt="yuv420p"))
+    data = source.read_bytes()
+    (tmp_path / "cut.mkv").write_bytes(data[: len(data) * 2 // 3])
+    assert run("eval", tmp_path / "cut.mkv", "--ref", tmp_path / "cut.mkv", "--metric", "psnr_y") == 1
+    assert f"note: `{tmp_path / 'cut.mkv'}`: damaged input" in run.err
+    woven = write_clip(tmp_path / "woven.mkv", Clip(pix_fmt="yuv420p", fields="tff"))
+    assert run("eval", woven, "--ref", woven, "--metric", "psnr_y") == 0, "a remark is no warning"
+    assert "interlaced" in run.err
+
+
 def test_version_and_help() -> None:
     for arguments, words in ((["--version"], "0.1.0"), (["--help"], "upscale")):
         done = subprocess.run([sys.executable, "-m", "duovsr", *arguments], capture_output=True, text=True, check=True)

@@ -14,10 +14,12 @@ import pytest
 from clips import Clip, write_clip
 from huggingface_hub.errors import LocalEntryNotFoundError
 
+from duovsr.engine.batch import output_name
 from duovsr.errors import InputError, UsageError
 from duovsr.metrics.evaluate import LQ_METRICS, REF_METRICS, evaluate
 from duovsr.metrics.fidelity import psnr_rgb, psnr_y, ssim_y
 from duovsr.metrics.meter import FrameMeter, Unmeasurable, resized
+from duovsr.metrics.pairs import pair_clips
 from duovsr.metrics.report import ClipScores
 
 FAST = ("psnr_y", "psnr_rgb", "ssim_y")
@@ -139,6 +141,24 @@ def test_clips_without_partner_are_named(two_folders: tuple[Path, Path]) -> None
     (ref / "b.avi").unlink()
     with pytest.raises(InputError, match=r"no clip in `.*gt` has the name of `.*out/b.mkv`"):
         evaluate(output, ref=ref, metrics=FAST)
+
+
+def test_outputs_have_the_names_that_upscale_gives_them(two_folders: tuple[Path, Path]) -> None:
+    output, ref = two_folders
+    for name in ("a.avi", "a.mp4", "c.3gp", "d.VOB"):
+        save(ref / "new.mkv", pictures(1)).rename(ref / name)
+        save(output / output_name(name, ""), pictures(1))
+    (output / "a.mkv").unlink()
+    assert [(pair.output.name, pair.reference.name) for pair in pair_clips(output, ref)] == [
+        ("a.avi.mkv", "a.avi"),
+        ("a.mp4", "a.mp4"),
+        ("b.mkv", "b.avi"),
+        ("c.3gp.mkv", "c.3gp"),
+        ("d.VOB.mkv", "d.VOB"),
+    ]
+    save(output / "a.mkv", pictures(1))
+    with pytest.raises(InputError, match=r"gt/a.avi` and `.*gt/a.mp4` have the same stem"):
+        pair_clips(output, ref)
 
 
 def test_paths_that_cannot_be_paired_are_named(two_folders: tuple[Path, Path], tmp_path: Path) -> None:

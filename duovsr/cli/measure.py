@@ -75,8 +75,12 @@ def evaluate_command(
         print_json(report.to_json())
     else:
         show_scores(report)
+    for notice in (notice for clip in report.clips for notice in clip.notices):
+        say(f"note: {notice}")
     for name, reason in report.skipped.items():
         say(f"skipped: {name}: {reason}")
+    if any(clip.warnings for clip in report.clips):
+        raise typer.Exit(EXIT_WARNINGS)
 
 
 def doctor(as_json: Json = False) -> None:

@@ -103,9 +103,9 @@ def evaluate(
 ) -> Report:
     """Measure the clip or folder of clips `output` against `ref` (the truth) or `lq` (what it was made from).
 
-    Folders are paired by file stem. `metrics` are names of `REF_METRICS` or `LQ_METRICS`, None for all. Without
-    `niqe_parameters` they come from the Hugging Face hub. `on_clip` hears of each clip when it is done. Memory does not
-    grow with a clip's length.
+    Folders are paired by name (see `pair_clips`). `metrics` are names of `REF_METRICS` or `LQ_METRICS`, None for all.
+    Without `niqe_parameters` they come from the Hugging Face hub. `on_clip` hears of each clip when it is done. Memory
+    does not grow with a clip's length.
 
     A metric that a missing package, or a clip too small or too short, leaves without a value is in `skipped` with the
     reason. Raises `UsageError` for arguments that do not fit, `InputError` for clips that cannot be read, have no
@@ -177,7 +177,9 @@ def _measure(pair: ClipPair, kind: ReferenceKind, meters: dict[str, Meter]) -> C
         if frames == 0:
             raise InputError(f"no frames in `{pair.output}`")
         notices = tuple(
-            f"`{reader.info.path}`: {notice}" for reader in (output, reference) for notice in reader.notices
+            type(notice)(f"`{reader.info.path}`: {notice}")
+            for reader in (output, reference)
+            for notice in reader.notices
         )
         for name in [name for name in meters if name not in skipped]:
             try:

@@ -1,4 +1,4 @@
-"""Which clip is measured against which: two files, or two folders whose files have the same stems."""
+"""Which clip is measured against which: two files, or two folders whose files have the same names."""
 
 from __future__ import annotations
 
@@ -6,11 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from duovsr.errors import InputError
-
-VIDEO_SUFFIXES = frozenset(
-    (".avi", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".mxf", ".nut", ".ogv")
-    + (".ts", ".webm", ".wmv", ".y4m")
-)
+from duovsr.video.images import VIDEO_SUFFIXES
 
 
 @dataclass(frozen=True)
@@ -23,10 +19,11 @@ class ClipPair:
 
 
 def pair_clips(output: Path, reference: Path) -> tuple[ClipPair, ...]:
-    """The pairs of two files, or of two folders by stem, in the order of their names.
+    """The pairs of two files, or of two folders by name, in the order of the outputs' names.
 
-    Other files than videos in a folder are passed over. Raises `InputError` for a path that does not exist, a file
-    against a folder, folders without videos, a stem that stands twice, and a clip without partner on either side.
+    An output has the name of its reference, as `duovsr upscale` gives it (`a.mp4`, or `a.avi.mkv` for `a.avi`), or its
+    stem. Other files than videos in a folder are passed over. Raises `InputError` for a path that does not exist, a
+    file against a folder, folders without videos, a stem that stands twice, and a clip without partner on either side.
     """
     for path in (output, reference):
         if not path.exists():
@@ -36,23 +33,41 @@ def pair_clips(output: Path, reference: Path) -> tuple[ClipPair, ...]:
         raise InputError(f"`{folder}` is a folder, but `{file}` is a file", hint="give two files or two folders")
     if not output.is_dir():
         return (ClipPair(output.stem, output, reference),)
-    outputs, references = _clips_by_stem(output), _clips_by_stem(reference)
-    for clips, others, elsewhere in ((outputs, references, reference), (references, outputs, output)):
-        unpaired = sorted(clips.keys() - others.keys())
-        if unpaired:
-            more = f" (nor for {len(unpaired) - 1} others)" if len(unpaired) > 1 else ""
-            raise InputError(f"no clip in `{elsewhere}` has the name of `{clips[unpaired[0]]}`{more}")
-    return tuple(ClipPair(stem, outputs[stem], references[stem]) for stem in sorted(outputs))
+    outputs, references = _clips(output), _clips(reference)
+    partners = {clip: _partner(clip, references) for clip in outputs}
+    _check_all([clip for clip, partner in partners.items() if partner is None], reference)
+    _check_all([clip for clip in references if clip not in partners.values()], output)
+    measured: dict[Path, Path] = {}
+    for clip, partner in partners.items():
+        if partner is not None and (other := measured.setdefault(partner, clip)) != clip:
+            raise _same_stem(other, clip)
+    return tuple(ClipPair(clip.stem, clip, partner) for partner, clip in measured.items())
 
 
-def _clips_by_stem(folder: Path) -> dict[str, Path]:
-    clips: dict[str, Path] = {}
-    for path in sorted(folder.iterdir()):
-        if path.suffix.lower() not in VIDEO_SUFFIXES or path.name.startswith("."):
-            continue
-        if path.stem in clips:
-            raise InputError(f"`{clips[path.stem]}` and `{path}` have the same stem", hint="keep one of them there")
-        clips[path.stem] = path
+def _clips(folder: Path) -> list[Path]:
+    files = (path for path in sorted(folder.iterdir()) if not path.name.startswith("."))
+    clips = [path for path in files if path.suffix.lower() in VIDEO_SUFFIXES]
     if not clips:
         raise InputError(f"no videos in `{folder}`")
     return clips
+
+
+def _partner(output: Path, references: list[Path]) -> Path | None:
+    for name in (output.name, output.stem):
+        for reference in references:
+            if reference.name == name:
+                return reference
+    alike = [reference for reference in references if reference.stem == output.stem]
+    if len(alike) > 1:
+        raise _same_stem(*alike[:2])
+    return alike[0] if alike else None
+
+
+def _check_all(unpaired: list[Path], elsewhere: Path) -> None:
+    if unpaired:
+        more = f" (nor for {len(unpaired) - 1} others)" if len(unpaired) > 1 else ""
+        raise InputError(f"no clip in `{elsewhere}` has the name of `{unpaired[0]}`{more}")
+
+
+def _same_stem(first: Path, second: Path) -> InputError:
+    return InputError(f"`{first}` and `{second}` have the same stem", hint="keep one of them there")

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from duovsr.errors import Remark
+
 ReferenceKind = Literal["ref", "lq"]
 
 
@@ -20,7 +22,12 @@ class ClipScores:
     frames: int
     scores: dict[str, float]
     skipped: dict[str, str]
-    notices: tuple[str, ...]  # what reading the two files had to remark, such as damage
+    notices: tuple[str, ...]  # what reading the two files had to say, such as damage
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """The notices of what is not as it was in the files."""
+        return tuple(notice for notice in self.notices if not isinstance(notice, Remark))
 
 
 @dataclass(frozen=True)
