@@ -151,7 +151,7 @@ def test_missing_numbers_leave_their_time_empty(tmp_path: Path) -> None:
     frames, notices = read(path)
     assert [frame.pts for frame in frames] == [0, 1, 4, 5]
     assert all(shows(frame, index) for index, frame in enumerate(frames))
-    assert notices == [f"missing of `{path}`: 2 images; those before are shown longer"]
+    assert notices == [f"missing of `{path}`: 2 images; a video shows those before longer"]
     assert probe(path).num_frames == 4
 
 

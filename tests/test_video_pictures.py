@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from PIL import Image
 
 from duovsr.engine.upscaler import Upscaler
 from duovsr.errors import Remark, UsageError
-from duovsr.options import UpscaleOptions
+from duovsr.options import Position, UpscaleOptions
 from duovsr.video.images import image_files, numbered_files, numbered_name
 from duovsr.video.info import probe
 from duovsr.video.output import check_target
@@ -79,6 +80,26 @@ def test_percent_signs_in_a_pattern(small_upscaler: Upscaler, tmp_path: Path) ->
     source, pattern = write_clip(tmp_path / "in.mp4"), tmp_path / "50%_%03d.png"
     assert small_upscaler.upscale_file(source, pattern, SAME_SIZE).frames == 12
     assert [path.name for path in image_files(pattern)] == [f"50%_{number:03d}.png" for number in range(1, 13)]
+
+
+@pytest.mark.parametrize(
+    ("source", "start", "numbers"),
+    [("in/%04d.png", None, [3, 4, 6]), ("in/%04d.png", "1f", [4, 6]), ("in", None, [1, 2, 3])],
+)
+def test_images_of_a_pattern_keep_their_numbers(
+    small_upscaler: Upscaler, tmp_path: Path, source: str, start: str | None, numbers: list[int]
+) -> None:
+    (tmp_path / "in").mkdir()
+    for number in (3, 4, 6):
+        write_image(tmp_path / "in" / f"{number:04d}.png", picture(number, SIZE))
+    (tmp_path / "out").mkdir()
+    for number in (1, 5, 6):
+        (tmp_path / "out" / f"{number:05d}.png").touch()
+    pattern = tmp_path / "out" / "%05d.png"
+    options = replace(SAME_SIZE, overwrite=True, start=None if start is None else Position.parse(start))
+    small_upscaler.upscale_file(tmp_path / source, pattern, options)
+    assert [number for number, _ in numbered_files(pattern)] == numbers
+    assert all(path.stat().st_size for path in image_files(pattern))
 
 
 def test_a_clip_does_not_overwrite_its_own_images(small_upscaler: Upscaler, tmp_path: Path) -> None:

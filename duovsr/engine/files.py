@@ -31,7 +31,7 @@ from duovsr.video.images import kind_of
 from duovsr.video.info import VideoInfo
 from duovsr.video.mux import join_pieces, rehearse
 from duovsr.video.output import Target, check_space, check_target, may_replace, publish
-from duovsr.video.pictures import write_picture, write_pictures
+from duovsr.video.pictures import numbers_for, write_picture, write_pictures
 from duovsr.video.reader import Frame, VideoReader
 from duovsr.video.remux import Window
 from duovsr.video.verify import verify_output
@@ -261,7 +261,8 @@ def _put_together(work: _Work, reader: VideoReader, job: Job, target: Target) ->
         shift -= first
     partial = job.folder / "output.part"
     if target.kind == "images":
-        work.notices += write_pictures(pieces, partial, target.path, options.overwrite, job.begin_publishing)
+        numbers = numbers_for(info.path, pieces)
+        work.notices += write_pictures(pieces, partial, target.path, numbers, options.overwrite, job.begin_publishing)
         job.remove()
         return
     if target.kind == "image":

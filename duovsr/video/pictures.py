@@ -14,7 +14,7 @@ from av.video.reformatter import VideoReformatter
 
 from duovsr.errors import Remark
 from duovsr.video.color import bit_depth
-from duovsr.video.images import numbered_files, numbered_name
+from duovsr.video.images import is_pattern, numbered_files, numbered_name
 from duovsr.video.output import disk_errors, fsync, fsync_folder, give_name, is_stamped, stamps_left
 
 if TYPE_CHECKING:  # it imports `codecs`, which asks here what a format can hold
@@ -56,25 +56,41 @@ def write_picture(pieces: Sequence[Piece], partial: Path, target: Path) -> None:
         partial.write_bytes(_coded(next(_frames(pieces)), target.suffix.lower()))
 
 
+def numbers_for(source: Path, pieces: Sequence[Piece]) -> Sequence[int]:
+    """The numbers of the images that the frames become: those of a pattern's own images, whose times they are since the
+    first one; else from 1."""
+    times = [pts for piece in pieces for pts in piece.pts]
+    if not is_pattern(source):
+        return range(1, len(times) + 1)
+    first, _ = numbered_files(source)[0]
+    return [first + time for time in times]
+
+
 def write_pictures(
-    pieces: Sequence[Piece], partial: Path, pattern: Path, overwrite: bool, announce: Callable[[Path], None]
+    pieces: Sequence[Piece],
+    partial: Path,
+    pattern: Path,
+    numbers: Sequence[int],
+    overwrite: bool,
+    announce: Callable[[Path], None],
 ) -> list[str]:
     """Write every frame of `pieces` through the file `partial`, each complete and announced before it gets its name.
 
-    Numbers begin with 1. Without `overwrite` only images that the job itself named are replaced; with it, other
+    Without `overwrite` only images that the job itself named are replaced; with it, other
     numbers' images go once all of these are there. Returns what people should know. Raises `UsageError` where a
     number's name is taken.
     """
-    count, own = 0, stamps_left(pattern)
+    own = stamps_left(pattern)
     with disk_errors(pattern):
-        for count, frame in enumerate(_frames(pieces), start=1):
+        for number, frame in zip(numbers, _frames(pieces), strict=True):
             partial.write_bytes(_coded(frame, pattern.suffix.lower()))
             fsync(partial)
             announce(partial)
-            file = numbered_name(pattern, count)
+            file = numbered_name(pattern, number)
             give_name(partial, file, overwrite or is_stamped(file, own))  # after a crash some names are there
         fsync_folder(pattern.parent)
-        others = [file for number, file in numbered_files(pattern) if not 1 <= number <= count]
+        written = set(numbers)
+        others = [file for number, file in numbered_files(pattern) if number not in written]
         old = [file for file in others if overwrite and not file.is_dir()]
         for file in old:
             file.unlink()

@@ -255,7 +255,7 @@ class ImageSource(Source):
         self.codec = "unknown codec"
         missing = last - self._first + 1 - len(self._files)
         if missing:
-            self.notices.append(f"missing of `{path}`: {counted(missing, 'image')}; those before are shown longer")
+            self.notices.append(f"missing of `{path}`: {counted(missing, 'image')}; a video shows those before longer")
 
     def pictures(self) -> Iterator[av.VideoFrame]:
         size: tuple[int, int] | None = None
