@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -117,6 +118,20 @@ def test_a_model_that_memory_does_not_hold(
 
     monkeypatch.setattr(Upscaler, "from_preset", load)
     run.fails(5, "out of memory", "upscale", write_clip(tmp_path / "in.mp4"), tmp_path / "out.mp4")
+
+
+def test_names_that_are_not_utf_8_are_printed_as_they_are(tmp_path: Path) -> None:
+    name = b"caf\xe9.mp4"
+    (tmp_path / "in").mkdir()
+    try:
+        write_clip(tmp_path / "in.mp4").rename(tmp_path / "in" / os.fsdecode(name))
+    except OSError:
+        pytest.skip("this file system has no such names")
+    command = [sys.executable, "-m", "duovsr", "upscale", str(tmp_path / "in"), str(tmp_path / "out"), "--dry-run"]
+    environment = os.environ | {"PYTHONIOENCODING": "utf-8:strict"}
+    done = subprocess.run(command, capture_output=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == b"%b: %b (to do)\n" % tuple(os.fsencode(tmp_path / f) + b"/" + name for f in ("in", "out"))
 
 
 def test_a_closed_pipe_is_one_line(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ Commands import what they need when they run, so that `duovsr --help` loads no t
 from __future__ import annotations
 
 import sys
+from io import TextIOWrapper
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -46,6 +47,8 @@ def root(version: Annotated[bool, typer.Option("--version", help="Print the vers
 def main() -> None:
     """Run the command line; every failure is one line, a hint, and the exit code of DESIGN section 1.7."""
     handle_termination()
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="surrogateescape")  # names of files may be any bytes, and leave as they came
     if len(sys.argv) == 1:
         sys.argv.append("--help")
     try:
