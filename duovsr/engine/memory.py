@@ -19,6 +19,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 # What the CPU's allocator says; CUDA itself, of page-locked memory; and its library, of room to work in.
 _OUT_OF_MEMORY = ("DefaultCPUAllocator", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+_ONEDNN = "could not create a primitive"  # all that it says then; with more words it is another matter
 
 _UNKNOWN_MEMORY = 4 * 2**30  # Windows: assume a small machine
 _PART = 0.6  # of the free memory beside the weights may be planned for: other processes, fragmentation
@@ -65,7 +66,9 @@ def is_out_of_memory(error: BaseException) -> bool:
     """torch raises its own type where it allocates on GPUs, and a plain RuntimeError elsewhere."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
-    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _OUT_OF_MEMORY)
+    if not isinstance(error, RuntimeError):
+        return False
+    return str(error) == _ONEDNN or any(sign in str(error) for sign in _OUT_OF_MEMORY)
 
 
 @contextmanager
