@@ -160,15 +160,18 @@ def counted(record: Record) -> Figure:
 
 
 def training(record: Record) -> Figure:
-    """Validations of the runs in pixels, one after another; values of different windows do not compare."""
-    runs = {name: run for name, run in record["runs"].items() if run["stage"] == "refine"}
+    """Validations of the runs in pixels, one after another; those of other windows do not compare."""
+    runs = [run for run in record["runs"].values() if run["stage"] == "refine"]
     figure, axes = panels(len(VALIDATIONS), "Training of tiny: means over held-out windows")
     for axis, (key, title) in zip(axes, VALIDATIONS.items(), strict=True):
-        before = 0
-        for place, (name, run) in enumerate(runs.items()):
+        before, seen = 0, list[str]()
+        for run in runs:
             windows = "{validation_samples} of {crop}x{crop}x{frames}".format(**run["settings"])
+            windows += f" of {', '.join(run['held_out'])}"
             points = [(before + row["step"], row[key]) for row in run["validation"]]
-            curve(axis, points, f"C{place}", f"{name}: {windows}")
+            label = None if windows in seen else windows
+            seen += [windows] if label else []
+            curve(axis, points, f"C{seen.index(windows)}", label)
             before = int(points[-1][0]) + 1
         axis.set_xlabel("steps, one run after another", fontsize=8)
         axis.set_title(title, fontsize=10)
@@ -202,7 +205,7 @@ def area(row: Record) -> float:
     return pixels
 
 
-def curve(axis: Axes, points: list[tuple[float, float]], color: str, label: str) -> None:
+def curve(axis: Axes, points: list[tuple[float, float]], color: str, label: str | None) -> None:
     axis.plot(*zip(*points, strict=True), marker="o", markersize=4, color=color, label=label)
 
 

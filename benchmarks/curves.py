@@ -48,6 +48,7 @@ def curves(run: Path) -> Row:
         "settings": record["settings"],
         "init": Path(record["inputs"]["init"]).name,
         "pools": [Path(pool).name for pool in record["inputs"]["data"]],
+        "held_out": [Path(pool).name for pool in record["inputs"]["held_out"]],
         "versions": record["versions"],
         "losses": [{"step": step, **means(span)} for step, span in sorted(spans.items())],
         "validation": [rounded(row) for row in rows if is_validation(row)],

@@ -214,7 +214,7 @@ def test_curves_are_a_runs_own_and_tell_a_run_that_differs(gpu: ModuleType, tmp_
         rows: list[dict[str, float]] = [{"step": step, "seconds": 1, "loss": loss} for step, loss in losses.items()]
         rows.insert(2, {"step": 20, "seconds": 2, "validation_psnr": 28.0})
         (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        inputs = {"init": "/somewhere/else/weights", "data": ["/somewhere/pool"]}
+        inputs = {"init": "/somewhere/weights", "data": ["/somewhere/pool"], "held_out": ["/somewhere/else"]}
         settings = {"stage": "refine", "settings": {"seed": seed}, "versions": {}, "inputs": inputs}
         (folder / "settings.json").write_text(json.dumps(settings))
         return folder
@@ -223,7 +223,8 @@ def test_curves_are_a_runs_own_and_tell_a_run_that_differs(gpu: ModuleType, tmp_
     record = curves.curves(logged)
     assert record["losses"] == [{"step": 0, "loss": 2.0}, {"step": 200, "loss": 5.0}]
     assert record["validation"] == [{"step": 20, "validation_psnr": 28.0}]
-    assert (record["init"], record["pools"]) == ("weights", ["pool"])  # no paths of a machine
+    # no paths of a machine
+    assert (record["init"], record["pools"], record["held_out"]) == ("weights", ["pool"], ["else"])
     runs = [run("another", {0: 1.0}, seed=2), logged]
     same = curves.repeated(runs, run("same", {0: 1.0, 100: 3.0}))
     assert (same["run"], same["largest_difference"]) == ("logged", 0)
