@@ -1,12 +1,12 @@
 """Tables 3 to 5 of the paper in small: stages on and off, streams and features of stage II, at equal budgets.
 
-    python benchmarks/ablations.py --data POOL ... --validation POOL --niqe NIQE.npz --out runs/ablations
+    python benchmarks/ablations.py --init MODEL --data POOL ... --validation POOL --niqe NIQE.npz --out runs/ablations
 
-TinyVAE and a base model of `tiny` are trained from nothing, once; every row then starts from the same runs, with the
-same data and seed, and the rows of stage II have the same number of student updates. The joint row has a second seed:
-what lies within the two is noise. Every student is scored with one step, the base with 50; beside them the autoencoder
-with the truth's latents and with none. The same command resumes; it writes `results/ablations.json`. Some three
-quarters of an hour of one core. (Needs OpenCV and vmaf-torch.)
+The autoencoder is MODEL's; its transformer is trained as a base model, once. Every row then starts from the same runs,
+with the same data and seed, and the rows of stage II have the same number of student updates. The joint row has a second
+seed: what lies within the two is noise. Every student is scored with one step, the base with 50; beside them MODEL, and
+the autoencoder with the truth's latents and with none. The same command resumes; it writes `results/ablations.json`. Some
+three quarters of an hour of one core. (Needs OpenCV and vmaf-torch.)
 """
 
 from __future__ import annotations
@@ -40,14 +40,13 @@ RESULT = RESULTS / "ablations.json"
 PRESET = PRESETS["tiny"]
 BASE_STEPS = 50  # of the paper's base row
 WINDOWS = 28
-COMMON = ("threads=1", "crop=96", "frames=5")
+COMMON = ("threads=1", "crop=96", "frames=9")
 SETTINGS = {  # of every run of a stage
-    "vae": ("steps=1000", *COMMON),
-    "latents": ("samples=2500", *COMMON),
-    "base": ("steps=800", "batch=16", *COMMON),
+    "latents": ("samples=3000", *COMMON),
+    "base": ("steps=1200", "learning_rate=3e-4", "ema=0.995", "sharpness=300", *COMMON),
     "cfg": ("steps=100", *COMMON),
     "progressive": ("steps=60", *COMMON),
-    "dual": ("steps=80", *COMMON),
+    "dual": ("steps=80", "batch=4", *COMMON),
     "prefs": ("pairs=60", *COMMON),
     "dpo": ("steps=60", *COMMON),
 }
@@ -59,16 +58,15 @@ class Row:
 
     name: str
     stage: str
-    init: str | None = None
+    init: str | None = None  # None: the model
     data: str | None = None  # None: the pools
     settings: tuple[str, ...] = ()
     scored: bool = True
 
 
 ROWS = (
-    Row("vae", "vae", scored=False),
-    Row("latents", "latents", "vae", scored=False),
-    Row("base", "base", "vae", "latents"),
+    Row("latents", "latents", scored=False),
+    Row("base", "base", data="latents"),
     Row("cfg", "cfg", "base", "latents", scored=False),
     Row("I", "progressive", "cfg", "latents"),
     Row("I+II", "dual", "I", "latents"),
@@ -84,7 +82,7 @@ ROWS = (
 )
 
 
-def train(row: Row, out: Path, pools: tuple[Path, ...]) -> float:
+def train(row: Row, out: Path, model: Path, pools: tuple[Path, ...]) -> float:
     """Run a row, or what is left of it; the CPU seconds it took in all."""
     noted = out / row.name / "cpu_seconds.json"
     if not noted.exists():
@@ -92,7 +90,7 @@ def train(row: Row, out: Path, pools: tuple[Path, ...]) -> float:
             row.stage,
             out / row.name,
             data=pools if row.data is None else (out / row.data,),
-            init=None if row.init is None else out / row.init,
+            init=model if row.init is None else out / row.init,
         )
         began = time.process_time()
         run_job(job, resolve(job, [*SETTINGS[row.stage], *row.settings]))
@@ -130,6 +128,7 @@ def decode_with(vae: Autoencoder, latents: Tensor | None, frames: Frames, run: R
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--init", type=Path, required=True)
     parser.add_argument("--data", type=Path, nargs="+", required=True)
     parser.add_argument("--validation", type=Path, required=True)
     parser.add_argument("--niqe", type=Path, required=True)
@@ -140,12 +139,12 @@ def main() -> None:
     rankers = make_rankers(("psnr", "ssim", "vmaf", "detail", f"niqe:{args.niqe}"), CPU)
     rows: dict[str, dict[str, float]] = {}
     for row in ROWS:
-        seconds = train(row, args.out, tuple(args.data))
+        seconds = train(row, args.out, args.init, tuple(args.data))
         if row.scored:
             restore = restorer(args.out / row.name, pool, BASE_STEPS if row.stage == "base" else 1)
             rows[row.name] = {**scores(restore, pool, rankers, WINDOWS), "cpu_seconds": seconds}
             print(row.name, ", ".join(f"{name} {value:.4g}" for name, value in rows[row.name].items()), flush=True)
-    for name, restore in bounds(args.out / "vae", pool).items():
+    for name, restore in {"MODEL": restorer(args.init, pool, 1), **bounds(args.init, pool)}.items():
         rows[name] = scores(restore, pool, rankers, WINDOWS)
         print(name, rows[name], flush=True)
     rows["truth"] = scores(None, pool, rankers, WINDOWS)
