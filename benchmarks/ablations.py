@@ -3,10 +3,10 @@
     python benchmarks/ablations.py --init MODEL --data POOL ... --validation POOL --niqe NIQE.npz --out runs/ablations
 
 The autoencoder is MODEL's; its transformer is trained as a base model, once. Every row then starts from the same runs,
-with the same data and seed, and the rows of stage II have the same number of student updates. The joint row has a second
-seed: what lies within the two is noise. Every student is scored with one step, the base with 50; beside them MODEL, and
-the autoencoder with the truth's latents and with none. The same command resumes; it writes `results/ablations.json`. Some
-three quarters of an hour of one core. (Needs OpenCV and vmaf-torch.)
+with the same data and seed, and the rows of stage II have the same number of student updates. The joint row has a
+second seed: what lies within the two is noise. Every student is scored with one step, the base with 50; beside them
+MODEL, and the autoencoder with the truth's latents and with none. The same command resumes; it writes
+`results/ablations.json`. Some three quarters of an hour of one core. (Needs OpenCV and vmaf-torch.)
 """
 
 from __future__ import annotations
