@@ -67,6 +67,13 @@ def test_all_channels_are_converted(tmp_path: Path, codec: str, suffix: str, lay
     assert np.abs(np.subtract(click_times(tmp_path / f"out{suffix}"), click_times(source))).max() <= 0.001
 
 
+@pytest.mark.parametrize("suffix", [".mp4", ".mov"])
+def test_sound_whose_packets_tell_no_length_is_copied_to_its_end(tmp_path: Path, suffix: str) -> None:
+    source, target = write_clicks(tmp_path / "in.mkv", "alac"), tmp_path / f"out{suffix}"
+    copy_clip(source, target)
+    assert packet_hashes(target, "audio") == packet_hashes(source, "audio")
+
+
 def hollow(source: Path, path: Path, first: Fraction, last: Fraction) -> Path:
     """A copy of `source` whose sound has a hole."""
     with av.open(str(source)) as container, av.open(str(path), "w") as out:

@@ -72,14 +72,24 @@ class _Route(Protocol):
 
 
 class _Copy:
+    """Packets as they are. Sound that does not say how long it is, as ALAC in Matroska, takes the least time from one
+    packet to the next: mp4 ends with the last one, and players would not reach it."""
+
     def __init__(self, stream: Stream) -> None:
         self.stream = stream
         self.damaged = 0
+        self._latest: int | None = None
+        self._step = 0
 
     def convert(self, packet: av.Packet[Any] | None) -> Iterable[av.Packet[Any]]:
-        if packet is not None:
-            packet.stream = self.stream
-            yield packet
+        if packet is None:
+            return
+        packet.stream = self.stream
+        if isinstance(self.stream, AudioStream) and not packet.duration and packet.pts is not None:
+            step = packet.pts - (packet.pts if self._latest is None else self._latest)
+            self._step = min(self._step or step, step) if step > 0 else self._step
+            self._latest, packet.duration = packet.pts, self._step
+        yield packet
 
 
 class StreamCopier:
