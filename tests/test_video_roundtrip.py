@@ -234,6 +234,21 @@ def test_cut_off_clip_yields_what_decodes_and_says_so(tmp_path: Path, suffix: st
     assert any(notice.startswith(f"damaged input: decoded {frames} of 60 frames") for notice in copied.notices)
 
 
+@pytest.mark.parametrize("movflags", ["faststart", "frag_keyframe+empty_moov"])
+@pytest.mark.parametrize(
+    ("audio", "lost"), [([], "decoded 58 of 60 frames"), (["aac"], "parts of audio stream #1 (aac) are missing")]
+)
+def test_the_last_bytes_of_an_mp4_are_missed(tmp_path: Path, audio: list[str], lost: str, movflags: str) -> None:
+    """However few they are: its index tells of them."""
+    pts = range(0, 60 * 512, 512)
+    source = write_clip(tmp_path / "in.mp4", Clip(pts=pts, audio=audio, muxer={"movflags": movflags}))
+    assert copy_clip(source, tmp_path / "whole.mp4").notices == []
+    with av.open(str(source)) as container:
+        last = sorted(entry.pos for stream in container.streams for entry in stream.index_entries)[-2:]
+    source.write_bytes(source.read_bytes()[: last[0]])
+    assert f"damaged input: {lost}" in copy_clip(source, tmp_path / "out.mp4").notices
+
+
 def test_flipped_bytes_are_survived_and_said(tmp_path: Path) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (60, 48, 64, 3), dtype=np.uint8)
     source = write_clip(tmp_path / "in.mp4", Clip(pts=range(0, 60 * 512, 512), pictures=list(noise)))

@@ -82,7 +82,7 @@ class ClipSource(Source):
         self._demuxed_until = Fraction(0)
         self._shown_until = Fraction(0)
         self._read_until: int | None = None  # bytes of the file, where they are packet by packet
-        self._is_after_hole = self._is_hollow = self._is_suspect = False
+        self._is_after_hole = self._is_hollow = self._is_suspect = self._is_cut_off = False
         self._losses = Losses()
         self._shown = array("q")  # the pts of a transport stream's pictures
         self._sound_until: dict[int, Fraction] = {}
@@ -98,6 +98,7 @@ class ClipSource(Source):
         self.time_base, self.start_pts = self._stream.time_base, self._stream.start_time or 0
         self._is_raw, format_name = not has_times(self._container), self._container.format.name
         self._is_matroska, self._is_transport = format_name == "matroska,webm", format_name == "mpegts"
+        self._is_movie = format_name.startswith("mov,")  # mp4 too
         self.frame_rate = average_rate(self._container, self._stream)
         if self._is_raw and self.frame_rate is None:
             self.frame_rate = IMAGES_RATE
@@ -119,8 +120,11 @@ class ClipSource(Source):
             if self._is_transport and picture.pts is not None:
                 self._shown.append(picture.pts)
             yield picture
-        if self._is_transport and self.path != PIPE and self.path.is_file():
-            self._look_for_losses()
+        if self.path != PIPE and self.path.is_file():
+            if self._is_transport:
+                self._look_for_losses()
+            if self._is_movie:
+                self._look_beyond_the_end()
 
     def _decoded(self) -> Iterator[av.VideoFrame]:
         for packet in self._with_start(self._packets()):
@@ -190,13 +194,13 @@ class ClipSource(Source):
 
     def is_incomplete(self, count: int) -> bool:
         """Whether all streams end well before the container says they do, as in a truncated mkv, or bytes in the middle
-        of it were skipped, or packets of a transport stream are missing, and pictures too (joined files lack packets,
-        but no pictures)."""
+        of it were skipped, or the index of an mp4 has pictures beyond the end of the file, or packets of a transport
+        stream are missing, and pictures too (joined files lack packets, but no pictures)."""
         hints = self._is_suspect or self._losses.suspect or bool(self._losses.torn)
         # Of a transport stream whose rate changes, FFmpeg's average may count on too many pictures.
         is_short = hints and count < (self.num_frames or 0)
         is_short = is_short and (not self._is_transport or _has_gap(np.diff(self._shown)))
-        if self._is_hollow or self._stream.id in self._losses.torn or is_short:
+        if self._is_hollow or self._is_cut_off or self._stream.id in self._losses.torn or is_short:
             return True
         if not self._container.duration or not self._demuxed_until:
             return False
@@ -217,6 +221,15 @@ class ClipSource(Source):
                 self.notices.append(Remark(f"the source stops in the middle of {label_of(stream)}, as recordings do"))
         if self._losses.cut_off:
             self.notices.append("damaged input: the file ends in the middle of a packet")
+
+    def _look_beyond_the_end(self) -> None:
+        """Compares the index of an mp4 or mov, whose demuxer ends where the file does, with the file."""
+        size = self.path.stat().st_size
+        for stream in self._container.streams:
+            if any(entry.pos + entry.size > size for entry in stream.index_entries):
+                self._is_cut_off |= stream.index == self._stream.index
+                if stream.type in ("audio", "subtitle"):
+                    self.notices.append(f"damaged input: parts of {label_of(stream)} are missing")
 
     def close(self) -> None:
         self._container.close()
