@@ -256,3 +256,15 @@ def test_subtitles_move_with_the_packets_around_them(tmp_path: Path) -> None:
             joined.place(packet)
             placed.append((packet.pts, packet.dts))
     assert placed == [(time, time) for time in (0, 1500, 3960, 4000, 7000, 4040)]
+
+
+def test_no_more_frames_than_there_are_in_all(tmp_path: Path) -> None:
+    """What FFmpeg says of the duration of half a program stream is too short."""
+    clip = Clip(pts=range(60), time_base=Fraction(1, 25), codec="mpeg2video", pix_fmt="yuv420p", audio=["mp2"])
+    source = write_clip(tmp_path / "in.mpg", clip)
+    data = source.read_bytes()
+    source.write_bytes(data[: len(data) // 2])
+    with VideoReader(source) as reader:
+        count = len(list(reader))
+        assert (reader.info.num_frames or 0) < count
+    assert [notice for notice in reader.notices if notice.startswith(f"damaged input: decoded {count} frames")]

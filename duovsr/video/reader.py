@@ -193,7 +193,8 @@ class VideoReader:
             findings.append(f"{misplaced} without a usable timestamp, placed after those before")
         whole = self.window[1] is None
         if self._source.damaged or self._damaged or (whole and self._source.is_incomplete(self.frames_read)):
-            of = f" of {self.info.num_frames}" if self.info.num_frames and whole else ""
+            # Of a damaged file the estimate may be less than there are.
+            of = f" of {self.info.num_frames}" if whole and (self.info.num_frames or 0) >= self.frames_read else ""
             damaged = f", {self._damaged} of them with visible damage" if self._damaged else ""
             findings.append(f"damaged input: decoded {self.frames_read}{of} frames{damaged}")
         return findings
