@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -74,6 +75,20 @@ def test_names_are_written_as_they_are_read(tmp_path: Path, pattern: str, names:
     for path in paths:
         path.touch()
     assert numbered_files(tmp_path / pattern) == list(zip((1, 1234), paths, strict=True))
+
+
+@pytest.mark.parametrize("pattern", [False, True])
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_pixels_that_are_not_square(small_upscaler: Upscaler, tmp_path: Path, suffix: str, pattern: bool) -> None:
+    clip = Clip(pts=(0, 512) if pattern else (0,), size=SIZE, aspect=Fraction(16, 11))
+    source = write_clip(tmp_path / "in.mp4", clip)
+    output = tmp_path / (f"%d{suffix}" if pattern else f"out{suffix}")
+    report = small_upscaler.upscale_file(source, output, SAME_SIZE)
+    if suffix in (".webp", ".bmp"):
+        assert report.warnings == (f"the pixel aspect ratio 16/11 is not kept: {suffix} does not hold it",)
+    else:
+        assert report.warnings == ()
+        assert probe(output).sample_aspect_ratio == Fraction(16, 11)
 
 
 def test_percent_signs_in_a_pattern(small_upscaler: Upscaler, tmp_path: Path) -> None:

@@ -259,14 +259,16 @@ def _put_together(work: _Work, reader: VideoReader, job: Job, target: Target) ->
     first = pieces[0].pts[0] * info.time_base + shift
     if first < 0:  # containers cannot show it: all streams move together
         shift -= first
-    partial = job.folder / "output.part"
+    partial, aspect = job.folder / "output.part", info.aspect_at(*work.plan.target_size)
     if target.kind == "images":
         numbers = numbers_for(info.path, pieces)
-        work.notices += write_pictures(pieces, partial, target.path, numbers, options.overwrite, job.begin_publishing)
+        work.notices += write_pictures(
+            pieces, partial, target.path, numbers, aspect, options.overwrite, job.begin_publishing
+        )
         job.remove()
         return
     if target.kind == "image":
-        write_picture(pieces, partial, target.path)
+        write_picture(pieces, partial, target.path, aspect)
     else:
         work.notices += join_pieces(
             pieces,

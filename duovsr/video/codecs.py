@@ -197,6 +197,8 @@ def _encoding_of_pictures(target: Target, info: VideoInfo, size: tuple[int, int]
         lost.append(f"transparency is flattened on black: {suffix} does not hold it")
     if held.bit_depth != info.bit_depth:
         lost.append(f"the source has {info.bit_depth} bits a channel, the output {held.bit_depth} ({suffix})")
+    if not entry.holds_aspect and (aspect := info.aspect_at(*size)) not in (None, 1):
+        lost.append(f"the pixel aspect ratio {aspect} is not kept: {suffix} does not hold it")
     return replace(encoding, notices=(*lost, *encoding.notices))
 
 

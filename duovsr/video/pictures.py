@@ -28,6 +28,7 @@ class PictureFormat:
     encoder: str
     opaque: tuple[str, ...]
     translucent: tuple[str, ...] = ()
+    holds_aspect: bool = True  # of the pixels
 
     @property
     def bit_depth(self) -> int:
@@ -41,19 +42,20 @@ FORMATS: dict[str, PictureFormat] = {
     ".png": PictureFormat("png", ("rgb24", "rgb48be"), ("rgba", "rgba64be")),
     ".tif": _TIFF,
     ".tiff": _TIFF,
-    ".webp": PictureFormat("libwebp", ("bgra",), ("bgra",)),
-    ".bmp": PictureFormat("bmp", ("bgr24",)),  # its fourth byte is one that readers ignore
+    ".webp": PictureFormat("libwebp", ("bgra",), ("bgra",), holds_aspect=False),
+    ".bmp": PictureFormat("bmp", ("bgr24",), holds_aspect=False),  # its fourth byte is one that readers ignore
     ".jpg": _JPEG,
     ".jpeg": _JPEG,
 }
 _OPTIONS = {"libwebp": {"lossless": "0", "quality": "95"}, "mjpeg": {"q": "2", "qmin": "1"}}
 
 
-def write_picture(pieces: Sequence[Piece], partial: Path, target: Path) -> None:
-    """Write the only frame of `pieces` into the file `partial`, as the name of `target` asks for."""
+def write_picture(pieces: Sequence[Piece], partial: Path, target: Path, aspect: Fraction | None) -> None:
+    """Write the only frame of `pieces` into the file `partial`, as the name of `target` asks for. `aspect`: its
+    pixels'."""
     assert sum(len(piece.pts) for piece in pieces) == 1
     with disk_errors(target):
-        partial.write_bytes(_coded(next(_frames(pieces)), target.suffix.lower()))
+        partial.write_bytes(_coded(next(_frames(pieces)), target.suffix.lower(), aspect))
 
 
 def numbers_for(source: Path, pieces: Sequence[Piece]) -> Sequence[int]:
@@ -71,10 +73,12 @@ def write_pictures(
     partial: Path,
     pattern: Path,
     numbers: Sequence[int],
+    aspect: Fraction | None,
     overwrite: bool,
     announce: Callable[[Path], None],
 ) -> list[str]:
     """Write every frame of `pieces` through the file `partial`, each complete and announced before it gets its name.
+    `aspect`: of their pixels.
 
     Without `overwrite` only images that the job itself named are replaced; with it, other
     numbers' images go once all of these are there. Returns what people should know. Raises `UsageError` where a
@@ -83,7 +87,7 @@ def write_pictures(
     own = stamps_left(pattern)
     with disk_errors(pattern):
         for number, frame in zip(numbers, _frames(pieces), strict=True):
-            partial.write_bytes(_coded(frame, pattern.suffix.lower()))
+            partial.write_bytes(_coded(frame, pattern.suffix.lower(), aspect))
             fsync(partial)
             announce(partial)
             file = numbered_name(pattern, number)
@@ -104,7 +108,7 @@ def _frames(pieces: Sequence[Piece]) -> Iterator[VideoFrame]:
             yield from container.decode(video=0)
 
 
-def _coded(frame: VideoFrame, suffix: str) -> bytes:
+def _coded(frame: VideoFrame, suffix: str, aspect: Fraction | None) -> bytes:
     entry = FORMATS[suffix]
     has_alpha = any(component.is_alpha for component in frame.format.components)
     formats = entry.translucent if has_alpha else entry.opaque  # pieces hold no more than the format does
@@ -112,5 +116,7 @@ def _coded(frame: VideoFrame, suffix: str) -> bytes:
     context = cast(av.VideoCodecContext, av.CodecContext.create(entry.encoder, "w"))
     context.width, context.height = frame.width, frame.height
     context.pix_fmt, context.time_base = picture.format.name, Fraction(1, 25)
+    if aspect is not None:
+        context.sample_aspect_ratio = aspect
     context.options = _OPTIONS.get(entry.encoder, {})
     return b"".join(bytes(packet) for packet in [*context.encode(picture), *context.encode(None)])
