@@ -184,6 +184,13 @@ def test_players_size_rule(size: tuple[int, int], matrix: int) -> None:
     assert output_tags(UNTAGGED, *size, "yuv420p") == ColorTags(matrix, matrix, matrix, 1)
 
 
+def test_rgb_of_wide_primaries_gets_their_matrix() -> None:
+    """As HDR frames from a pattern of PNGs."""
+    assert output_tags(ColorTags(9, 16, 0, 2), 64, 48, "yuv420p10le") == ColorTags(9, 16, 9, 1)
+    assert output_tags(ColorTags(1, 13, 0, 2), 64, 48, "yuv420p") == ColorTags(1, 13, 6, 1)
+    assert output_tags(ColorTags(9, 16, 0, 2), 64, 48, "gbrp16le") == ColorTags(9, 16, 0, 2)
+
+
 def test_unknown_matrix_is_refused(tmp_path: Path) -> None:
     assert decoding_tags(ColorTags(2, 2, 14, 1), 64, 48) is None
     source = write_clip(tmp_path / "in.mp4", Clip(pts=(0,), color=(9, 16, 14, 1)))

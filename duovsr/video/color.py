@@ -70,8 +70,10 @@ def decoding_tags(tags: ColorTags, width: int, height: int) -> ColorTags | None:
 
 
 def output_tags(source: ColorTags, width: int, height: int, pix_fmt: str) -> ColorTags:
-    """Complete tags of an output of this size: the source's where it has them, else what players assume of it."""
-    matrix = source.matrix if source.matrix in LUMA_WEIGHTS else matrix_by_size(width, height)
+    """Complete tags of an output of this size: the source's where it has them, else what players assume of it. RGB has
+    no matrix: of BT.2020's primaries it gets theirs, as HDR10 demands and televisions take for granted."""
+    usual = BT2020 if (source.matrix, source.primaries) == (RGB, BT2020) else matrix_by_size(width, height)
+    matrix = source.matrix if source.matrix in LUMA_WEIGHTS else usual
     primaries, transfer = USUAL_COMPANIONS[matrix]
     full = source.range == FULL and source.matrix != RGB
     tags = ColorTags(
