@@ -187,6 +187,23 @@ def test_gif_has_transparency_where_its_picture_has(tmp_path: Path) -> None:
     assert (frames[0].alpha[:, :32] == 0).all() and (frames[0].alpha[:, 32:] == 255).all()
 
 
+@pytest.mark.parametrize("name", ["in.gif", "%d.png"])
+def test_transparency_that_begins_later_is_said(tmp_path: Path, name: str) -> None:
+    from PIL import Image
+
+    images = [Image.fromarray(picture(number, SIZE)).convert("P") for number in range(4)]
+    for image in images[2:]:
+        image.paste(image.getpixel((0, 0)), (0, 0, 32, 48))
+        image.info["transparency"] = image.getpixel((0, 0))
+    if name == "in.gif":
+        images[0].save(tmp_path / name, save_all=True, append_images=images[1:], duration=100, disposal=2)
+    for number, image in enumerate(images if name == "%d.png" else []):
+        image.save(tmp_path / f"{number}.png")
+    frames, notices = read(tmp_path / name)
+    assert [frame.alpha for frame in frames] == [None] * 4
+    assert notices == ["transparency that begins after the first frame is not kept"]
+
+
 def test_opaque_video_has_no_alpha(tmp_path: Path) -> None:
     source = write_clip(tmp_path / "in.mp4", Clip(pts=(0,)))
     assert not probe(source).has_alpha

@@ -158,7 +158,8 @@ class VideoReader:
             self._orientation = SideData(picture).orientation
         if (form := _form(picture)) != self._form:
             self._form, self._to_rgb = form, self._converter(picture)
-            self._late_alpha |= has_alpha(picture, self.info.codec) and not self.info.has_alpha
+        # Of palettes the form does not tell.
+        self._late_alpha = self._late_alpha or (not self.info.has_alpha and has_alpha(picture, self.info.codec))
         self._rescaled += not self._source.stills and (picture.width, picture.height) != self._coded_size
         assert picture.pts is not None, "every picture has its place by now"
         pixels = self._orientation.upright(self._to_rgb(picture, self.info.has_alpha))
