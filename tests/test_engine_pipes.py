@@ -55,6 +55,18 @@ def test_y4m_has_the_frame_rate(tmp_path: Path, through_pipe: Any, name: str) ->
     assert times(pipe) == [index * TICK for index in range(12)]
 
 
+@pytest.mark.parametrize("codec", [None, "h264", "ffv1"])
+def test_pixels_that_are_not_square(tmp_path: Path, through_pipe: Any, codec: str | None) -> None:
+    source = write_clip(tmp_path / "in.mp4", Clip(pix_fmt="yuv420p", aspect=Fraction(16, 11)))
+    report, pipe = through_pipe(source, codec=codec)
+    with av.open(pipe) as container:
+        aspect = container.streams.video[0].sample_aspect_ratio
+    pipe.seek(0)
+    lost = "the pixel aspect ratio 16/11 is not kept: NUT needs h264 or hevc for it"
+    assert (aspect, report.warnings) == ((None, (lost,)) if codec == "ffv1" else (Fraction(16, 11), ()))
+    assert len(times(pipe)) == 12
+
+
 @pytest.mark.parametrize("format_name", ["yuv4mpegpipe", "nut"])
 def test_no_frame_is_remembered(tmp_path: Path, format_name: str) -> None:
     """What goes down a pipe may be endless, and nobody asks for the numbers of its frames."""

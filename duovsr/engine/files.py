@@ -303,6 +303,9 @@ def _to_pipe(work: _Work, reader: VideoReader, target: Target) -> None:
             states = _hand_over(work, run, step, states, sink)
             if work.should_stop():
                 raise Interrupted(f"interrupted: {work.frames} frames of `{work.info.path}` went out")
+    aspect = work.info.aspect_at(*work.plan.target_size)
+    if target.format_name == "nut" and aspect not in (None, 1) and work.encoding.name not in ("h264", "hevc"):
+        work.notices.append(f"the pixel aspect ratio {aspect} is not kept: NUT needs h264 or hevc for it")
     if encoder.longest_move > encoder.time_base / 2:
         work.notices.append("the times of the frames are not kept: y4m has none, `--codec ffv1` writes NUT, which has")
 

@@ -64,9 +64,12 @@ class VideoEncoder:
         self._packets = 0
         self._tags = output_tags(source.color, width, height, encoding.pix_fmt)
         self._to_frame = RgbToFrame(self._tags, encoding.pix_fmt)
+        file: str | BinaryIO | _WithAspect = str(target.absolute()) if isinstance(target, Path) else target
+        if self._even and not isinstance(target, Path):
+            file = _WithAspect(target, source.aspect_at(width, height))
         with disk_errors(self._path):
             self._container = av.open(
-                str(target.absolute()) if isinstance(target, Path) else target,
+                file,
                 "w",
                 format=format_name,
                 # Y4M of more than 8 bits is FFmpeg's own extension, which others read, too.
@@ -178,6 +181,21 @@ class VideoEncoder:
                     self.reordering = max(self.reordering, self._packets - packet.pts)
                 self._packets += 1
                 self._container.mux(packet)
+
+
+class _WithAspect:
+    """A stream of Y4M, whose header it tells the aspect of the pixels: FFmpeg's muxer takes that from where PyAV cannot
+    put it."""
+
+    def __init__(self, stream: BinaryIO, aspect: Fraction | None) -> None:
+        self._stream = stream
+        self._told = None if aspect is None else f" A{aspect.numerator}:{aspect.denominator} ".encode()
+
+    def write(self, data: bytes) -> int:
+        """The header comes whole, with the first bytes."""
+        told, self._told = self._told, None
+        self._stream.write(data if told is None else bytes(data).replace(b" A0:0 ", told, 1))
+        return len(data)
 
 
 def _on_black(pixels: np.ndarray, alpha: np.ndarray) -> np.ndarray:
