@@ -109,6 +109,17 @@ def test_a_recipe_refuses_before_its_first_stage(
     assert not (tmp_path / "runs" / "vae").exists()
 
 
+def test_a_recipe_refuses_windows_to_validate_on_that_a_later_stage_finds_too_small(
+    training_pool: Path, tmp_path: Path, small_preset: None
+) -> None:
+    held_out = write_pool(tmp_path / "held_out", samples=2, frames=5)
+    job = Job("recipe", tmp_path / "runs", data=(training_pool,), held_out=(held_out,), name="tiny")
+    small = [f"{stage}.{setting}" for stage in resolve(job, []) for setting in ("crop=64", "steps=1")]
+    with pytest.raises(InputError, match=r"asks for 9 frames of 64 pixels, `.*held_out` has 5 of 72"):  # `refine`
+        run_job(job, resolve(job, small))
+    assert not (tmp_path / "runs").exists()
+
+
 @pytest.mark.parametrize("stage", ["vae", "prefs", "refine"])
 def test_a_recipe_on_latents_refuses_stages_in_pixels(
     training_pool: Path, base: Path, tmp_path: Path, small_preset: None, stage: str
