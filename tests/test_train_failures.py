@@ -25,6 +25,7 @@ from duovsr.train.journal import sole_owner
 from duovsr.train.loop import Interrupted
 from duovsr.train.options import ExportConfig, PoolConfig
 from duovsr.train.pool import build_pool
+from duovsr.train.recipes import RECIPES
 from duovsr.train.sources import find_sources
 from duovsr.train.stages import Job, resolve, run_job
 from tests.clips import Clip, write_clip
@@ -117,6 +118,18 @@ def test_a_recipe_refuses_windows_to_validate_on_that_a_later_stage_finds_too_sm
     small = [f"{stage}.{setting}" for stage in resolve(job, []) for setting in ("crop=64", "steps=1")]
     with pytest.raises(InputError, match=r"asks for 9 frames of 64 pixels, `.*held_out` has 5 of 72"):  # `refine`
         run_job(job, resolve(job, small))
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_recipe_that_trains_an_autoencoder_needs_a_model_on_it(
+    training_pool: Path, base: Path, tmp_path: Path, small_preset: None
+) -> None:
+    """The model of `--init` does not know the new latents, and the stage before does not hand it on."""
+    job = Job("recipe", tmp_path / "runs", data=(training_pool,), init=base, name="tiny")
+    small = [f"{stage}.{setting}" for stage in RECIPES["tiny"].stages for setting in ("crop=64", "steps=1")]
+    with pytest.raises(UsageError, match="stage `cfg` has no `model` to start from") as raised:
+        run_job(job, resolve(job, [*small, "base=off"]))
+    assert raised.value.hint == "keep `base`, or add `--set vae=off`"
     assert not (tmp_path / "runs").exists()
 
 

@@ -222,10 +222,11 @@ def _foresee(job: Job, configs: dict[str, StageConfig]) -> None:
             )
         for needed, maker in (("vae", "vae"), ("model", "base")):
             if needed not in has and stage not in ("vae", maker):
+                way = "--set vae=off" if job.init else "--init FOLDER"  # or its model is of another autoencoder
                 raise UsageError(
-                    f"stage `{stage}` has no `{needed}` to start from", hint=f"keep `{maker}`, or add `--init FOLDER`"
+                    f"stage `{stage}` has no `{needed}` to start from", hint=f"keep `{maker}`, or add `{way}`"
                 )
-        has |= {"vae"} if stage == "vae" else {"vae", "model"}
+        has = {"vae"} if stage == "vae" else {"vae", "model"}
 
 
 def _processes() -> int:
