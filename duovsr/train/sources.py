@@ -24,7 +24,8 @@ from torch.nn import functional as F
 
 from duovsr.errors import InputError
 from duovsr.video.color import ColorTags, FrameToRgb, decoding_tags
-from duovsr.video.info import main_video, open_input
+from duovsr.video.deinterlace import deinterlaced
+from duovsr.video.info import has_fields, main_video, open_input
 
 VIDEOS = frozenset(".avi .flv .m2ts .m4v .mkv .mov .mp4 .mpeg .mpg .mts .ts .webm .wmv .y4m".split())
 IMAGES = frozenset(".bmp .jpeg .jpg .png .tif .tiff .webp".split())
@@ -197,16 +198,21 @@ class Footage:
     def read(self, start: int, count: int, step: int = 1) -> Tensor:
         """Frames start, start + step, ...: (T, 3, H, W) uint8 RGB, upright; T < `count` where the clip ends early.
 
-        Large frames are shrunk to a short side of 12 windows. Read once only: it goes on where it has ended. Raises
-        InputError where there is no frame at `start`, and for frames that are smaller than a window.
+        Interlaced ones are deinterlaced, as by `upscale`; large ones are shrunk to a short side of 12 windows. Read
+        once only: it goes on where it has ended. Raises InputError where there is no frame at `start`, and for frames
+        that are smaller than a window.
         """
-        pictures = islice(self._pictures(start), 0, (count - 1) * step + 1, step)
+        pictures = islice(self._whole(self._pictures(start)), 0, (count - 1) * step + 1, step)
         frames = [self._frame(picture) for picture in pictures]
         if not frames:
             raise InputError(f"no frame {start} in `{self._name}`")
         if any(frame.shape != frames[0].shape for frame in frames):
             raise InputError(f"the size changes after frame {start} of `{self._name}`")
         return torch.stack(frames)
+
+    def _whole(self, pictures: Iterator[av.VideoFrame]) -> Iterator[av.VideoFrame]:
+        """The pictures without the combs of two moments, which a model would learn to draw."""
+        return deinterlaced(_numbered(pictures), Fraction(1)) if has_fields(self._stream.codec.name) else pictures
 
     def _pictures(self, start: int) -> Iterator[av.VideoFrame]:
         """The decoded frames from `start` on, reached from the keyframe before."""
@@ -244,3 +250,10 @@ class Footage:
             size = [round(length * most / short) for length in frame.shape[1:]]
             frame = F.interpolate(frame[None], size, mode="bicubic", antialias=True)[0]
         return frame
+
+
+def _numbered(pictures: Iterator[av.VideoFrame]) -> Iterator[av.VideoFrame]:
+    """In place of their times: the filter wants some where the file has none."""
+    for n, picture in enumerate(pictures):
+        picture.pts = n
+        yield picture
