@@ -33,6 +33,7 @@ SHARD = ".tar"
 VALIDATION_PART = 12  # one source in so many is held out
 _COLUMNS = ("file", "repo", "path", "kind")
 _PREFERENCE = {"ai-generated": 0.3, "animation": 0.7}  # by kind: generated clips carry their generator's texture
+_FROM_ZERO = ("matroska,webm", "asf")  # formats whose durations begin at time 0, not at the first frame
 _MOST_WINDOWS = 12  # of a window's side: what a short side is shrunk to, so that no photo is too large for the memory
 
 
@@ -189,6 +190,8 @@ class Footage:
         self._ticks = 1 / (rate * self._stream.time_base)  # of a frame
         self._second = 1 / self._stream.time_base
         duration = self._stream.duration or (container.duration or 0) * self._second / av.time_base
+        if container.format.name in _FROM_ZERO and duration > (begin := self._stream.start_time or 0):
+            duration -= begin
         # An mp4 also counts the frames that its edit list hides; its duration does not.
         lengths = [length for length in (self._stream.frames, round(duration / self._ticks)) if length]
         self.length = min(lengths, default=1)
