@@ -153,3 +153,23 @@ def test_validation_keeps_the_best_and_can_stop_a_run(tmp_path: Path) -> None:
     assert [r["validation_score"] for r in records(tmp_path) if "validation_score" in r] == [3.0, 1.0, 2.0, 4.0]
     assert (tmp_path / "best.pt").exists()
     assert next(scores) == 0.0
+
+
+def test_ranks_agree_on_what_is_best(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where only some gathered the weights, they would wait for the others for good."""
+    mine, others = iter([1.0, 2.0, 3.0]), {1.0: 3.0, 2.0: 0.5, 3.0: 0.1}
+
+    def mean(value: Tensor, world: World) -> Tensor:
+        return (value + others[value.item()]) / 2 if value.item() in others else value
+
+    monkeypatch.setattr("duovsr.train.loop.mean_over_ranks", mean)
+    run = Run(tmp_path, StageConfig(steps=6, batch=1, validate_every=2, patience=1, ema=0.0), ALONE)
+    line = nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(line.parameters(), lr=0.0)
+
+    def step(n: int) -> Metrics:
+        return run.update([optimizer], lambda each: (line(torch.ones(1)).sum(), {}), n)
+
+    run_loop(run, Trained({"m": line}, {"o": optimizer}, ("m",), validate=lambda done: {"score": next(mine)}), step)
+    noted = [r["validation_score"] for r in records(tmp_path) if "validation_score" in r]
+    assert noted == [1.0, 2.0, 3.0], "2.0, 1.25, 1.55 in the mean: the second is better, the third is not"

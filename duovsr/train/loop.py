@@ -241,8 +241,10 @@ def _validate(
     if not scores:
         return
     journal.log(done - 1, {f"validation_{name}": value for name, value in scores.items()})
-    if scores["score"] < position.best:
-        position.best, position.since_best = scores["score"], 0
+    # Of all ranks one: a last digit may differ from machine to machine, and all must gather the weights, or none.
+    score = mean_over_ranks(torch.tensor(scores["score"], dtype=torch.float64, device=run.device), run.world).item()
+    if score < position.best:
+        position.best, position.since_best = score, 0
         save_atomically(_left(trained, emas), run.out / BEST, run.world)
     else:
         position.since_best += 1
