@@ -156,6 +156,7 @@ def test_one_process_stages_refuse_many(tmp_path: Path, monkeypatch: pytest.Monk
         ("prefs", ["candidates=1"], "unsupported candidates: `1`"),
         ("vae", ["seed=-1"], "unsupported seed: `-1`"),
         ("vae", ["learning_rate=nan"], "unsupported learning_rate: `nan`"),
+        ("vae", ["statistics_momentum=2"], "unsupported statistics_momentum: `2.0`"),
         ("dual", ["sigma_range=0.9,0.1"], "unsupported sigma_range"),
         ("pool", ["samples=0"], "unsupported samples: `0`"),
         ("pool", ["side=100"], "unsupported side: `100`"),

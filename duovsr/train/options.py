@@ -89,6 +89,10 @@ class VAEConfig(StageConfig):
     statistics_momentum: float = 0.01
     latent_weight: float = 1.0  # of the squared error against another autoencoder's latents, where they are its
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_parts(self, "statistics_momentum")
+
 
 @dataclass(frozen=True)
 class BaseConfig(StageConfig):
