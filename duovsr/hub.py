@@ -6,6 +6,7 @@ whose `refs/` records the commit that a tag stood for when it was pulled: it sta
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -78,7 +79,7 @@ def find_model(name: str) -> Model:
     if name in PRESETS:
         hint = f"use `--model {EMBEDDED}`, a folder of `duovsr train export`, or `owner/name@revision`"
         raise UsageError(f"no weights for model `{name}` are shipped", hint=hint)
-    if Path(name).is_dir():
+    if os.path.isdir(name):
         return Model(name, Path(name).resolve(), "make it with `duovsr train export`")
     if name.partition("@")[0].count("/") != 1:
         known = ", ".join(model.name for model in shipped_models())

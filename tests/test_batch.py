@@ -93,6 +93,12 @@ def test_links_to_folders_are_not_followed(folder: Path, tmp_path: Path) -> None
     assert list(found(folder, tmp_path / "out", recursive=True)) == ["a.mp4"]
 
 
+def test_a_link_to_itself_is_one_bad_file(folder: Path, tmp_path: Path) -> None:
+    touch(folder, "a.mp4")
+    (folder / "loop.mp4").symlink_to("loop.mp4")
+    assert list(found(folder, tmp_path / "out")) == ["a.mp4", "loop.mp4"]
+
+
 def test_same_names_do_not_collide(folder: Path, tmp_path: Path) -> None:
     touch(folder, "a.mp4", "a.mov", "a.avi", "a.mkv", "a.wmv")
     outputs = list(found(folder, tmp_path / "out").values())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from functools import partial
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 
 from duovsr.errors import DuovsrError, InputError, Interrupted, NoSpaceError, UsageError
 from duovsr.options import PIPE, Progress, UpscaleOptions
-from duovsr.video.images import IMAGE_SUFFIXES, VIDEO_SUFFIXES, is_sequence, natural_order
+from duovsr.video.images import IMAGE_SUFFIXES, VIDEO_SUFFIXES, is_sequence, listed, natural_order
 from duovsr.video.output import CONTAINERS, JOB_SUFFIX, PICTURES, disk_errors, is_left_behind
 
 if TYPE_CHECKING:
@@ -58,10 +57,9 @@ class Outcome:
 
 def is_batch(source: Path, selection: Selection) -> bool:
     """Whether `source` is a folder of clips; one of images alone is one clip unless `selection` reaches into it."""
-    if not source.is_dir():
+    if not os.path.isdir(source):
         return False
-    with _read_errors(source):
-        return selection.recursive or selection.pattern is not None or not is_sequence(source)
+    return selection.recursive or selection.pattern is not None or not is_sequence(source)
 
 
 def find_items(source: Path, destination: Path, selection: Selection) -> list[Item]:
@@ -136,23 +134,21 @@ def upscale_items(
 
 def _check_folders(source: Path, destination: Path) -> None:
     is_file = os.path.lexists(destination) or destination == PIPE or destination.suffix.lower() in _WRITTEN
-    if is_file and not destination.is_dir():
+    if is_file and not os.path.isdir(destination):
         raise UsageError(f"the target of a folder is a folder, not `{destination}`", hint="name a folder")
-    if not destination.parent.is_dir():
+    if not os.path.isdir(destination.parent):
         raise UsageError(f"no such folder: `{destination.parent}`", hint="create it first")
-    if destination.is_dir() and destination.samefile(source):
+    if os.path.isdir(destination) and destination.samefile(source):
         raise UsageError(f"the target folder is the source folder: `{source}`", hint="name another folder")
 
 
 def _clips(folder: Path, destination: Path, selection: Selection) -> Iterator[Path]:
     suffixes = VIDEO_SUFFIXES if selection.pattern is None else VIDEO_SUFFIXES | IMAGE_SUFFIXES
-    with _read_errors(folder):
-        paths = sorted(folder.iterdir(), key=natural_order)
-    for path in paths:
+    for path in sorted(listed(folder), key=natural_order):
         if path.name.startswith(".") or path.name.endswith(JOB_SUFFIX):
             continue
-        if path.is_dir():
-            is_target = destination.is_dir() and path.samefile(destination)
+        if os.path.isdir(path):
+            is_target = os.path.isdir(destination) and path.samefile(destination)
             if selection.recursive and not path.is_symlink() and not is_target:  # links may lead in a circle
                 yield from _clips(path, destination, selection)
         elif path.suffix.lower() in suffixes and (selection.pattern is None or fnmatch(path.name, selection.pattern)):
@@ -160,20 +156,12 @@ def _clips(folder: Path, destination: Path, selection: Selection) -> Iterator[Pa
 
 
 def _check_targets(items: Sequence[Item]) -> None:
-    sources = {item.source.resolve() for item in items}
+    sources = {os.path.realpath(item.source) for item in items}
     taken: dict[str, Item] = {}
     for item in items:
-        if item.target.resolve() in sources:
+        if os.path.realpath(item.target) in sources:
             raise UsageError(f"the target of `{item.source}` is an input: `{item.target}`", hint="use a --suffix")
         other = taken.setdefault(str(item.target).casefold(), item)  # some file systems know no case
         if other is not item:
             message = f"`{other.source}` and `{item.source}` would both become `{item.target}`"
             raise UsageError(message, hint="rename one of them")
-
-
-@contextmanager
-def _read_errors(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise InputError(f"cannot read the folder `{folder}`: {error.strerror}") from error

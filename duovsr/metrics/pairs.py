@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from duovsr.errors import InputError
-from duovsr.video.images import VIDEO_SUFFIXES
+from duovsr.video.images import VIDEO_SUFFIXES, listed
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,12 @@ def pair_clips(output: Path, reference: Path) -> tuple[ClipPair, ...]:
     file against a folder, folders without videos, a stem that stands twice, and a clip without partner on either side.
     """
     for path in (output, reference):
-        if not path.exists():
-            raise InputError(f"no such file or folder: `{path}`")
+        try:
+            path.stat()
+        except FileNotFoundError as error:
+            raise InputError(f"no such file or folder: `{path}`") from error
+        except OSError as error:
+            raise InputError(f"cannot read `{path}`: {error.strerror}") from error
     if output.is_dir() != reference.is_dir():
         folder, file = (output, reference) if output.is_dir() else (reference, output)
         raise InputError(f"`{folder}` is a folder, but `{file}` is a file", hint="give two files or two folders")
@@ -45,7 +49,7 @@ def pair_clips(output: Path, reference: Path) -> tuple[ClipPair, ...]:
 
 
 def _clips(folder: Path) -> list[Path]:
-    files = (path for path in sorted(folder.iterdir()) if not path.name.startswith("."))
+    files = (path for path in sorted(listed(folder)) if not path.name.startswith("."))
     clips = [path for path in files if path.suffix.lower() in VIDEO_SUFFIXES]
     if not clips:
         raise InputError(f"no videos in `{folder}`")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from fractions import Fraction
 from pathlib import Path
@@ -20,9 +21,10 @@ _NO_TIMESTAMPS = 0x80  # AVFMT_NOTIMESTAMPS of FFmpeg
 
 def open_input(path: Path) -> InputContainer:
     """The opened container of any file FFmpeg reads; `-` is standard input. Raises `InputError`."""
-    if path.is_dir():
+    if os.path.isdir(path):
         raise InputError(f"a folder, not a video: `{path}`")
-    if path != PIPE and path.exists() and not path.is_file():  # a named pipe or `<(...)`, which is there only once
+    # A named pipe or `<(...)`, which is there only once.
+    if path != PIPE and os.path.exists(path) and not os.path.isfile(path):
         raise InputError(f"not a regular file: `{path}`", hint="pipe it: ... | duovsr upscale - DST")
     try:
         if path == PIPE:
@@ -90,10 +92,13 @@ def _open_pipe() -> InputContainer:
 
 def _unreadable(path: Path) -> InputError:
     if path != PIPE:
-        if path.stat().st_size == 0:
+        try:
+            with path.open("rb") as file:
+                head = file.read(12)
+        except OSError as error:
+            return InputError(f"cannot read `{path}`: {error.strerror}")
+        if not head:
             return InputError(f"the file is empty: `{path}`")
-        with path.open("rb") as file:
-            head = file.read(12)
         if head[4:8] == b"ftyp":
             hint = "the recording was probably cut off before it was finished; a repair tool may rebuild the index"
             return InputError(f"no usable index (moov) in `{path}`", hint=hint)

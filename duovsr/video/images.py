@@ -1,10 +1,16 @@
-"""Pictures as files: which paths name stills, numbered sequences and folders of them. Nothing is decoded."""
+"""Pictures as files: which paths name stills, numbered sequences and folders of them. Nothing is decoded.
+
+What may not be looked at is passed for not there (`os.path`, where `pathlib` raises): opening it then says why.
+"""
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Literal
+
+from duovsr.errors import InputError
 
 IMAGE_SUFFIXES = frozenset(
     (".bmp", ".dpx", ".exr", ".j2k", ".jp2", ".jpeg", ".jpg", ".pam", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tga")
@@ -25,12 +31,12 @@ def kind_of(path: Path) -> Literal["video", "images"]:
 
 def is_sequence(path: Path) -> bool:
     """Whether `path` is many pictures: a pattern, or a folder with images and no videos."""
-    return is_pattern(path) or (path.is_dir() and bool(_folder_images(path)))
+    return is_pattern(path) or (os.path.isdir(path) and bool(_folder_images(path)))
 
 
 def is_pattern(path: Path) -> bool:
     """Whether the name is an image's with `%d` or `%05d` for a number, and not that of a file that exists."""
-    return path.suffix.lower() in IMAGE_SUFFIXES and len(_NUMBER.findall(path.name)) == 1 and not path.exists()
+    return path.suffix.lower() in IMAGE_SUFFIXES and len(_NUMBER.findall(path.name)) == 1 and not os.path.exists(path)
 
 
 def numbered_name(pattern: Path, number: int) -> Path:
@@ -46,23 +52,31 @@ def image_files(path: Path) -> list[Path]:
 def numbered_files(path: Path) -> list[tuple[int, Path]]:
     """The files of a sequence with their numbers: a pattern's own, or, in a folder, the place by name (2 before 10)."""
     if not is_pattern(path):
-        return list(enumerate(_folder_images(path))) if path.is_dir() else []
+        return list(enumerate(_folder_images(path))) if os.path.isdir(path) else []
     place = _NUMBER.search(path.name)
     assert place is not None, "patterns have a number"
     name = re.compile(re.escape(path.name[: place.start()]) + r"(\d+)" + re.escape(path.name[place.end() :]), re.ASCII)
     width = int(place[1] or 1)
-    if not path.parent.is_dir():
+    if not os.path.isdir(path.parent):
         return []
-    matches = ((name.fullmatch(file.name), file) for file in path.parent.iterdir())
+    matches = ((name.fullmatch(file.name), file) for file in listed(path.parent))
     numbers = ((match[1], file) for match, file in matches if match)
     return sorted((int(digits), file) for digits, file in numbers if digits == f"{int(digits):0{width}d}")
 
 
 def _folder_images(folder: Path) -> list[Path]:
-    files = [file for file in folder.iterdir() if not file.name.startswith(".")]
+    files = [file for file in listed(folder) if not file.name.startswith(".")]
     if any(file.suffix.lower() in VIDEO_SUFFIXES for file in files):
         return []  # videos, and perhaps their covers
     return sorted((file for file in files if file.suffix.lower() in IMAGE_SUFFIXES), key=natural_order)
+
+
+def listed(folder: Path) -> list[Path]:
+    """What is in a folder. Raises `InputError` where that cannot be read."""
+    try:
+        return list(folder.iterdir())
+    except OSError as error:
+        raise InputError(f"cannot read the folder `{folder}`: {error.strerror}") from error
 
 
 def natural_order(path: Path) -> tuple[list[str | int], str]:

@@ -69,7 +69,7 @@ def check_target(
         taken = image_files(destination)
         if not restart and source != PIPE:
             own = stamps_left(destination)
-    if target.kind != "video" and source.is_dir() and destination.parent.samefile(source):
+    if target.kind != "video" and os.path.isdir(source) and destination.parent.samefile(source):
         message = f"the target is in the folder of the source: `{destination}`"
         raise UsageError(message, hint="write to another folder, or give the source as a pattern")
     _check_taken(source, taken, overwrite, own)
@@ -83,7 +83,7 @@ def _check_place(destination: Path) -> None:
     if not os.access(folder, os.W_OK | os.X_OK):
         raise UsageError(f"no permission to write in `{folder}`")
     _check_length(destination, job.name)
-    if os.path.lexists(job) and not job.is_dir():
+    if os.path.lexists(job) and not os.path.isdir(job):
         raise UsageError(f"unfinished work would need a folder named `{job}`", hint="move the file of that name away")
 
 
@@ -98,14 +98,14 @@ def _check_length(destination: Path, name: str) -> None:
 
 
 def _check_taken(source: Path, taken: Sequence[Path], overwrite: bool, own: frozenset[str]) -> None:
-    sources = {_file_id(path) for path in image_files(source) or [source] if path.exists()}
+    sources = {_file_id(path) for path in image_files(source) or [source] if os.path.exists(path)}
     for path in taken:
-        if path.is_dir():
+        if os.path.isdir(path):
             raise UsageError(f"the target is a folder: `{path}`", hint="name a file in it")
-        if path.exists():
+        if os.path.exists(path):
             if _file_id(path) in sources:
                 raise UsageError(f"the target is the source: `{path}`", hint="give the output another name")
-            if not path.is_file():
+            if not os.path.isfile(path):
                 raise UsageError(f"not a regular file: `{path}`")
         if not overwrite and not is_stamped(path, own):
             raise UsageError(f"the target exists: `{path}`", hint="use --overwrite to replace it")
@@ -119,7 +119,7 @@ def _file_id(path: Path) -> tuple[int, int]:
 
 def job_folder(destination: Path) -> Path:
     """Where the unfinished work on a target lies, if there is any."""
-    return destination.with_name(destination.name + JOB_SUFFIX)
+    return destination.parent / f"{destination.name}{JOB_SUFFIX}"  # the names of `.` and `/` are empty
 
 
 def stamp(path: Path) -> str:

@@ -1,0 +1,69 @@
+"""Paths that the system refuses to look at: a line and an exit code, as for files that are not there."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.bicubic import bicubic
+from tests.clips import Clip, write_clip
+from tests.command_line import Run, running
+
+LONG = "x" * 300  # bytes, which `stat` refuses, as it does what lies in a folder that may not be entered
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Run]:
+    yield from running(monkeypatch, capsys, bicubic())
+
+
+@pytest.fixture
+def loop(tmp_path: Path) -> Path:
+    path = tmp_path / "loop.mp4"
+    path.symlink_to(path.name)
+    return path
+
+
+@pytest.mark.parametrize("name", [f"{LONG}.mp4", f"{LONG}.png", f"{LONG}%d.png", f"{LONG}/a.mp4", f"{LONG}/%d.png"])
+def test_sources_that_the_system_does_not_look_at(run: Run, tmp_path: Path, name: str) -> None:
+    run.fails(3, LONG, "upscale", tmp_path / name, tmp_path / "out.mp4")
+    run.fails(3, LONG, "bench", tmp_path / name)
+
+
+def test_links_to_themselves(run: Run, tmp_path: Path, loop: Path) -> None:
+    source = write_clip(tmp_path / "in.mp4", Clip(pix_fmt="yuv420p"))
+    run.fails(3, "loop.mp4", "upscale", loop, tmp_path / "out.mp4")
+    run.fails(3, "loop.mp4", "eval", loop, "--ref", source)
+    run.fails(3, "loop.mp4", "eval", source, "--ref", loop)
+    run.fails(2, "the target exists", "upscale", source, loop)
+    assert run("upscale", source, loop, "--overwrite", "--scale", 1) == 0
+    assert not loop.is_symlink()
+
+
+@pytest.mark.parametrize("folder", [".", "/", ""])
+def test_folders_without_a_name_as_targets(run: Run, tmp_path: Path, folder: str) -> None:
+    run.fails(2, "the target is a folder", "upscale", write_clip(tmp_path / "in.mp4"), folder)
+
+
+def test_names_of_models_that_the_system_does_not_look_at(run: Run) -> None:
+    run.fails(2, "unknown model", "models", "path", LONG)
+
+
+def test_forbidden_folders(run: Run, tmp_path: Path) -> None:
+    if os.geteuid() == 0:
+        pytest.skip("permissions do not bind root")
+    secret, source = tmp_path / "secret", write_clip(tmp_path / "in.mp4", Clip(pix_fmt="yuv420p"))
+    secret.mkdir()
+    write_clip(secret / "a.mp4")
+    secret.chmod(0)
+    try:
+        run.fails(3, "no permission to read", "upscale", secret / "a.mp4", tmp_path / "out.mp4")
+        run.fails(3, "cannot read the folder", "upscale", secret, tmp_path / "out")
+        run.fails(3, "cannot read the folder", "upscale", secret / "%d.png", tmp_path / "out.mp4")
+        run.fails(3, "Permission denied", "eval", secret / "a.mp4", "--ref", source)
+        run.fails(3, "cannot read the folder", "eval", secret, "--ref", secret)
+    finally:
+        secret.chmod(0o700)
