@@ -52,6 +52,16 @@ def test_names_of_models_that_the_system_does_not_look_at(run: Run) -> None:
     run.fails(2, "unknown model", "models", "path", LONG)
 
 
+def test_what_may_not_be_read_is_an_unreadable_input(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Opening it tells, whatever `access` says: exit code 3, and not the 2 of a wrong flag."""
+    source = write_clip(tmp_path / "in.mp4", Clip(pix_fmt="yuv420p"))
+    monkeypatch.setattr("os.access", lambda path, mode: mode & os.W_OK)  # root may read all
+    assert run("upscale", source, tmp_path / "out.mp4", "--scale", 1) == 0
+    assert run("upscale", source, tmp_path / "out.mp4", "--scale", 1, "--overwrite") == 0
+    assert run("eval", source, "--ref", source, "--lq", source) == 2
+    assert run("bench", source, "--repeat", 1, "--scale", 1) == 0
+
+
 def test_forbidden_folders(run: Run, tmp_path: Path) -> None:
     if os.geteuid() == 0:
         pytest.skip("permissions do not bind root")

@@ -14,7 +14,9 @@ from duovsr.options import UpscaleOptions
 
 
 def bench(
-    clip: Annotated[Path | None, typer.Argument(metavar="[CLIP]", help="Default: a synthetic 320x180 clip.")] = None,
+    clip: Annotated[
+        Path | None, typer.Argument(metavar="[CLIP]", readable=False, help="Default: a synthetic 320x180 clip.")
+    ] = None,
     scale: Annotated[float, typer.Option(help="Factor of both sides, 1 to 4.")] = 4.0,
     model: Model = "tiny",
     device: Device = "auto",
@@ -53,10 +55,16 @@ def bench(
 
 
 def evaluate_command(
-    output: Annotated[Path, typer.Argument(metavar="OUT", help="An upscaled clip, or a folder of clips.")],
-    ref: Annotated[Path | None, typer.Option(help="The truth: a clip, or a folder paired by name.")] = None,
-    lq: Annotated[Path | None, typer.Option(help="Without a truth: what OUT was made from.")] = None,
-    niqe_parameters: Annotated[Path | None, typer.Option(help="NIQE's parameters. Default: from the hub.")] = None,
+    output: Annotated[
+        Path, typer.Argument(metavar="OUT", readable=False, help="An upscaled clip, or a folder of clips.")
+    ],
+    ref: Annotated[
+        Path | None, typer.Option(readable=False, help="The truth: a clip, or a folder paired by name.")
+    ] = None,
+    lq: Annotated[Path | None, typer.Option(readable=False, help="Without a truth: what OUT was made from.")] = None,
+    niqe_parameters: Annotated[
+        Path | None, typer.Option(readable=False, help="NIQE's parameters. Default: from the hub.")
+    ] = None,
     metric: Annotated[list[str] | None, typer.Option(help="Only this metric; may be repeated.")] = None,
     as_json: Json = False,
 ) -> None:

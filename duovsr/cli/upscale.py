@@ -28,12 +28,15 @@ def upscale(
         Path,
         typer.Argument(
             metavar="SRC",
+            readable=False,  # typer's check would be a usage error: opening tells better
             help="A video, an image, images as frames/%05d.png or a folder of them, a folder of videos, or -.",
         ),
     ],
     destination: Annotated[
         Path,
-        typer.Argument(metavar="DST", help="A .mp4, .mkv, .mov or .webm, image(s), a folder of videos, or -."),
+        typer.Argument(
+            metavar="DST", readable=False, help="A .mp4, .mkv, .mov or .webm, image(s), a folder of videos, or -."
+        ),
     ],
     scale: Annotated[float | None, typer.Option(help="Factor of both sides, 1 to 4. Default: 4.")] = None,
     size: Annotated[str | None, typer.Option(metavar="WxH", help="Target size instead of a scale.")] = None,
