@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from duovsr import UpscaleOptions
-from duovsr.engine import jobs
+from duovsr.engine import files, jobs
 from duovsr.engine.batch import Item, upscale_items
 from duovsr.errors import UsageError
 from duovsr.video import output, pictures
@@ -190,6 +190,19 @@ def test_an_image_that_appears_meanwhile_stays(some_images: Path, clip: Path) ->
     with pytest.raises(UsageError, match=r"the target exists: `.*/0028.png`"):
         bicubic().upscale_file(clip, some_images, IMAGES, appear)
     assert mine.read_bytes() == b"mine"
+
+
+def test_a_target_that_appears_before_the_lock_is_taken_costs_no_work(
+    clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process's job had it until then."""
+    target = tmp_path / "out" / "out.mp4"
+    monkeypatch.setattr(files, "rehearse", lambda *_: target.write_bytes(b"the other's"))
+    monkeypatch.setattr(files, "_make_pieces", crash)
+    with pytest.raises(UsageError, match="the target exists"):
+        bicubic().upscale_file(clip, target, OPTIONS)
+    assert os.listdir(target.parent) == ["out.mp4"]
+    assert target.read_bytes() == b"the other's"
 
 
 def test_other_work_does_not_replace_images(some_images: Path, tmp_path: Path) -> None:

@@ -147,6 +147,8 @@ def _to_file(work: _Work, reader: VideoReader, target: Target) -> None:
     identity = identity_of(source, work.upscaler, work.options, work.encoding, PIECE_FRAMES)
     restart, resumable = work.options.restart, source != PIPE
     with Job(destination, identity, work.plan, restart=restart, resumable=resumable) as job:
+        # The job before it may have been another process's, and have ended meanwhile.
+        check_target(source, destination, work.options.overwrite, work.options.codec, restart=restart)
         work.plan = job.plan
         _make_pieces(work, _only_one(reader, target) if target.kind == "image" else reader, job)
         _put_together(work, reader, job, target)
