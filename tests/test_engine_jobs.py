@@ -265,6 +265,7 @@ def test_a_full_disk_stops_the_job_and_space_lets_it_go_on(
         with pytest.raises(NoSpaceError, match="no space left"):
             small_upscaler.upscale_file(clip, target, OPTIONS)
     assert not target.exists()
+    assert not list(tmp_path.glob("out.mp4.duovsr/*.part")), "it would go on filling the disk"
     assert small_upscaler.upscale_file(clip, target, OPTIONS).reused >= 13
     assert frame_hashes(target) == whole
 

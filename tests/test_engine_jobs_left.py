@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,7 @@ from PIL import Image
 from duovsr import UpscaleOptions
 from duovsr.engine import files, jobs
 from duovsr.engine.batch import Item, upscale_items
-from duovsr.errors import UsageError
+from duovsr.errors import DuovsrError, UsageError
 from duovsr.video import output, pictures
 from tests.bicubic import bicubic
 from tests.clips import Clip, frame_hashes, write_clip
@@ -108,6 +109,45 @@ def test_a_file_that_is_to_be_replaced_is_none_of_the_jobs(clip: Path, tmp_path:
 
 def stop_at(target: Path, replace: Any) -> Any:
     return lambda partial, name: crash() if name == target else replace(partial, name)
+
+
+@pytest.mark.parametrize("at", ["job.json", "journal.jsonl", "piece_000000.mkv", "owner"])
+def test_stopped_while_it_tidies_up_a_job_is_over(clip: Path, tmp_path: Path, at: str) -> None:
+    """What is left is no unfinished work, of which other settings would be refused."""
+    target, unlink = tmp_path / "out" / "out.mp4", Path.unlink
+    with pytest.MonkeyPatch.context() as patch:
+
+        def stop(path: Path, missing_ok: bool = False) -> None:
+            unlink(path, missing_ok)
+            if path.name == at:
+                raise Crash
+
+        patch.setattr(Path, "unlink", stop)
+        with pytest.raises(Crash):
+            bicubic().upscale_file(clip, target, OPTIONS)
+    before = target.read_bytes()
+    assert sorted(os.listdir(target.parent)) == ["out.mp4", "out.mp4.duovsr"]
+    assert next(iter(upscale_items(bicubic(), [Item(clip, target)], OPTIONS))).reason.startswith("the target exists")
+    assert target.read_bytes() == before
+    bicubic().upscale_file(clip, target, UpscaleOptions(scale=1, overwrite=True))
+    assert os.listdir(target.parent) == ["out.mp4"]
+
+
+@pytest.mark.parametrize("number", [errno.EROFS, errno.ENOSPC])
+def test_a_disk_that_does_not_let_it_tidy_up_is_told(clip: Path, tmp_path: Path, number: int) -> None:
+    target, unlink = tmp_path / "out" / "out.mp4", Path.unlink
+    with pytest.MonkeyPatch.context() as patch:
+
+        def refuse(path: Path, missing_ok: bool = False) -> None:
+            if path.name == "owner":
+                raise OSError(number, os.strerror(number))
+            unlink(path, missing_ok)
+
+        patch.setattr(Path, "unlink", refuse)
+        with pytest.raises(DuovsrError, match=r"out\.mp4\.duovsr"):
+            bicubic().upscale_file(clip, target, OPTIONS)
+    bicubic().upscale_file(clip, target, UpscaleOptions(scale=1, overwrite=True))
+    assert os.listdir(target.parent) == ["out.mp4"]
 
 
 def test_an_image(tmp_path: Path) -> None:

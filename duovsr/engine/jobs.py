@@ -29,7 +29,8 @@ from duovsr.video.encoder import VideoEncoder
 from duovsr.video.mux import Piece
 from duovsr.video.output import PUBLISHING, disk_errors, fsync, fsync_folder, job_folder, stamp
 
-_WORK = (PUBLISHING, "piece_*.mkv", "state_*.pt", "*.part", "journal.jsonl", "job.json")  # what a job writes
+# What a job writes, in the order in which it goes: what is left without the record is not taken for unfinished work.
+_WORK = (PUBLISHING, "job.json", "journal.jsonl", "piece_*.mkv", "state_*.pt", "*.part")
 _STATES_KEPT = 2  # the last is for going on, the one before in case the last piece turns out to be damaged
 
 
@@ -85,13 +86,21 @@ class Job:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if not self._entries or not self._resumable:
-            self._clear()
-            for name in ("owner", "lock"):
-                (self.folder / name).unlink(missing_ok=True)
-            with suppress(OSError):  # something else lies in it
-                self.folder.rmdir()
-        self._lock.release()
+        try:
+            with disk_errors(self.folder / "lock"):
+                self._tidy_up()
+        finally:
+            self._lock.release()
+
+    def _tidy_up(self) -> None:
+        if self._entries and self._resumable:
+            self._clear_partial()  # it may be what fills the disk
+            return
+        self._clear()
+        for name in ("owner", "lock"):
+            (self.folder / name).unlink(missing_ok=True)
+        with suppress(OSError):  # something else lies in it
+            self.folder.rmdir()
 
     @property
     def notices(self) -> list[Remark]:
@@ -203,8 +212,7 @@ class Job:
             content = {"identity": identity, "plan": self.plan.to_json()}
             if self._resumable:
                 self._replace(record, json.dumps({"sha256": _digest(content), **content}, indent=1))
-        for leftover in self.folder.glob("*.part"):
-            leftover.unlink()
+        self._clear_partial()
 
     def _check_nothing_is_named(self) -> None:
         """Work that begins anew may be other work, and must not go on over what the old one put in place."""
@@ -220,6 +228,11 @@ class Job:
         fsync(partial)
         os.replace(partial, path)
         fsync_folder(self.folder)
+
+    def _clear_partial(self) -> None:
+        """Delete what is written anew in any case."""
+        for leftover in self.folder.glob("*.part"):
+            leftover.unlink()
 
     def _clear(self) -> None:
         """Delete what a job writes, and nothing else."""
