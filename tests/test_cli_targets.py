@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -132,6 +133,15 @@ def test_names_that_are_not_utf_8_are_printed_as_they_are(tmp_path: Path) -> Non
     done = subprocess.run(command, capture_output=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout == b"%b: %b (to do)\n" % tuple(os.fsencode(tmp_path / f) + b"/" + name for f in ("in", "out"))
+
+
+@pytest.mark.parametrize("command", ["list", "list --json", "path tiny"])
+def test_a_full_disk_under_standard_output_is_one_line(command: str) -> None:
+    arguments = [sys.executable, "-m", "duovsr", "models", *command.split()]
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(arguments, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 4
+    assert done.stderr == f"error: standard output cannot be written: {os.strerror(errno.ENOSPC)}\n"
 
 
 def test_a_closed_pipe_is_one_line(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from duovsr.errors import DuovsrError, NoSpaceError, UsageError
+from duovsr.options import PIPE
 from duovsr.video.codecs import choose_encoding
 from duovsr.video.encoder import VideoEncoder
 from duovsr.video.info import probe
@@ -89,6 +90,8 @@ def test_system_errors_are_named(tmp_path: Path) -> None:
             raise OSError(code, os.strerror(code))
     with pytest.raises(DuovsrError, match=r"cannot write in .*: Input/output error"), disk_errors(tmp_path / "out.mp4"):
         raise OSError(errno.EIO, os.strerror(errno.EIO))
+    with pytest.raises(NoSpaceError, match="no space left to write to standard output"), disk_errors(PIPE):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, a disk that is always full")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from duovsr.cli.show import file_record, print_json, say_result, show_plan
+from duovsr.cli.show import discard_stdout, file_record, print_json, say_result, show_plan
 from duovsr.cli.signals import StopRequest, resumable
 from duovsr.errors import EXIT_WARNINGS, DuovsrError, UsageError
 from duovsr.options import PIPE, UpscaleOptions
@@ -71,7 +70,7 @@ def _closed_pipe() -> Iterator[None]:
     except DuovsrError as error:
         if not isinstance(error.__cause__, BrokenPipeError):
             raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python would try to write the rest on leaving
+        discard_stdout()
         raise DuovsrError("standard output was closed before the end of the video") from error
 
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from duovsr.cli.parameters import Json
-from duovsr.cli.show import print_json, say, show
+from duovsr.cli.show import print_json, print_line, say, show
 from duovsr.errors import InputError
 from duovsr.repository import Model, shipped_models
 
@@ -60,7 +60,7 @@ def path(model: Name) -> None:
     """Print the folder of a model."""
     from duovsr.hub import find_model
 
-    print(find_model(model).folder)
+    print_line(find_model(model).folder)
 
 
 @models.command()

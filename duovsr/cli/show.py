@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from rich.console import Console
 
+from duovsr.errors import DuovsrError
 from duovsr.progress import stderr
 
 if TYPE_CHECKING:
@@ -30,8 +33,32 @@ def say(text: str) -> None:
     stderr.print(text, markup=False)
 
 
+@contextmanager
+def to_stdout() -> Iterator[None]:
+    """What is printed inside has gone out afterwards. Raises `DuovsrError` where it cannot, as on a full disk."""
+    try:
+        yield
+        if sys.stdout is not None:  # as it is where the shell closed it
+            sys.stdout.flush()
+    except BrokenPipeError:  # of a reader such as `head`, which wants no more: typer ends with code 1
+        raise
+    except OSError as error:
+        discard_stdout()
+        raise DuovsrError(f"standard output cannot be written: {error.strerror}") from error
+
+
+def discard_stdout() -> None:
+    """Python would try to write the rest on leaving."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def print_line(text: object) -> None:
+    with to_stdout():
+        print(text)
+
+
 def print_json(data: object) -> None:
-    print(json.dumps(data, indent=2, default=str))
+    print_line(json.dumps(data, indent=2, default=str))
 
 
 def show(record: dict[str, Any], as_json: bool) -> None:
@@ -44,12 +71,13 @@ def show(record: dict[str, Any], as_json: bool) -> None:
     rows = _flatten(record)
     stdout = Console(emoji=False, markup=False)
     if not stdout.is_terminal:
-        print("\n".join(f"{key}: {value}" for key, value in rows))
+        print_line("\n".join(f"{key}: {value}" for key, value in rows))
         return
     table = Table(box=None, show_header=False)
     for key, value in rows:
         table.add_row(key, value)
-    stdout.print(table)
+    with to_stdout():
+        stdout.print(table)
 
 
 def show_plan(plan: Plan, frames: int | None, seconds: float, streams: bool, as_json: bool) -> None:
@@ -86,7 +114,8 @@ def show_scores(report: Report) -> None:
     for clip in report.clips:
         table.add_row(clip.name, *(_score(clip.scores.get(name)) for name in report.means))
     table.add_row("mean", *map(_score, report.means.values()))
-    Console(emoji=False, markup=False).print(table)
+    with to_stdout():
+        Console(emoji=False, markup=False).print(table)
 
 
 def say_result(destination: Path, report: UpscaleReport) -> None:

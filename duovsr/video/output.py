@@ -161,14 +161,15 @@ def check_space(destination: Path, estimated_bytes: int) -> None:
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turns the system's refusals to write `path` into `NoSpaceError` and `DuovsrError`."""
+    """Turns the system's refusals to write `path`, `-` for standard output, into `NoSpaceError` and `DuovsrError`."""
     try:
         yield
     except OSError as error:
+        place = "to standard output" if path == PIPE else f"in `{path.parent}`"
         if says_no_space(error):
             hint = "free some space, or write to another disk"
-            raise NoSpaceError(f"no space left in `{path.parent}`", hint=hint) from error
-        raise DuovsrError(f"cannot write in `{path.parent}`: {error.strerror}") from error
+            raise NoSpaceError(f"no space left to write {place}", hint=hint) from error
+        raise DuovsrError(f"cannot write {place}: {error.strerror}") from error
 
 
 def publish(partial: Path, destination: Path, overwrite: bool) -> None:
