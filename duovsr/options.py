@@ -225,6 +225,8 @@ class UpscaleOptions:
             raise UsageError(f"unsupported chunk: `{self.chunk}`", hint="use a number of frames, 1 or more")
         if self.overlap is not None and self.overlap < 0:
             raise UsageError(f"unsupported overlap: `{self.overlap}`", hint="use a number of frames, 0 or more")
+        if self.tile is not None and self.tile < 0:
+            raise UsageError(f"unsupported tile: `{self.tile}`", hint="use a number of pixels, or 0 for whole frames")
         if self.color is not None and self.color not in COLOR_TRANSFERS:
             raise UsageError(f"unsupported color transfer: `{self.color}`", hint="use wavelet, adain or none")
         if self.decoder not in DECODERS:

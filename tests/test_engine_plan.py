@@ -141,6 +141,7 @@ def test_calls_that_no_kernel_can_index_are_refused() -> None:
         ({"strength": 1.1}, "strength"),
         ({"chunk": 0}, "chunk"),
         ({"overlap": -1}, "overlap"),
+        ({"tile": -256}, "tile: `-256`"),
         ({"color": "lab"}, "color"),
         ({"crf": 70}, "crf"),
     ],
