@@ -148,6 +148,7 @@ def export_repository(model: Model, out: Path) -> None:
     if (out / MANIFEST).exists():
         raise UsageError(f"`{out}` holds a model", hint="choose another folder")
     model.require_verified()
+    preset = model.preset
     out.mkdir(parents=True, exist_ok=True)
     names = (*model.files, MANIFEST)  # the manifest last: until then it is no model
     with TemporaryDirectory(dir=out, prefix=".export-") as partial:
@@ -161,7 +162,7 @@ def export_repository(model: Model, out: Path) -> None:
     if (model.folder / readme.name).is_file():
         shutil.copyfile(model.folder / readme.name, readme)
     else:
-        readme.write_text(_README.format(title=out.resolve().name, preset=model.preset.name))
+        readme.write_text(_README.format(title=out.resolve().name, preset=preset.name))
 
 
 def _cached_folder(reference: Reference) -> Path | None:

@@ -47,7 +47,8 @@ class Model:
         return list(read_manifest(self.folder, self.remedy))
 
     def check(self) -> list[FileStatus]:
-        """Every file against the manifest. Raises InputError for a manifest that is damaged or not there."""
+        """Every file against the manifest. Raises InputError where that is damaged or not there, or a file may not be
+        read."""
         manifest = read_manifest(self.folder, self.remedy)
         return [_check(self.folder / name, expected) for name, expected in manifest.items()]
 
@@ -92,10 +93,13 @@ def read_preset(folder: Path, remedy: str) -> Preset:
     config = _read_json(path, "description", remedy)
     if config.get("library") != _LIBRARY or not isinstance(config.get("format"), int):
         raise InputError(f"not a model of duovsr: `{path}`", hint="`duovsr train export` makes one")
-    if config["format"] > FORMAT or config.get("preset") not in PRESETS:
-        known = f"format {config['format']}, preset `{config.get('preset')}`"
+    preset = config.get("preset")
+    if not isinstance(preset, str):
+        raise InputError(f"damaged model description: `{path}`", hint=remedy)
+    if config["format"] > FORMAT or preset not in PRESETS:
+        known = f"format {config['format']}, preset `{preset}`"
         raise InputError(f"made with a later duovsr: `{path}` has {known}", hint="upgrade duovsr")
-    return PRESETS[config["preset"]]
+    return PRESETS[preset]
 
 
 def write_manifest(path: Path, files: dict[str, Path]) -> None:
@@ -128,9 +132,12 @@ def _read_json(path: Path, what: str, remedy: str) -> dict[str, Any]:
 
 
 def _check(path: Path, expected: dict[str, Any]) -> FileStatus:
-    if not path.is_file():
-        return FileStatus(path, 0, None, verified=False)
-    size, sha256 = path.stat().st_size, sha256_of(path)
+    try:
+        if not path.is_file():
+            return FileStatus(path, 0, None, verified=False)
+        size, sha256 = path.stat().st_size, sha256_of(path)
+    except OSError as error:
+        raise InputError(f"cannot read model file: `{path}`: {error.strerror}") from error
     return FileStatus(path, size, sha256, verified=expected == {"size": size, "sha256": sha256})
 
 

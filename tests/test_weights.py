@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from itertools import islice
@@ -14,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from duovsr import UpscaleOptions, Upscaler
 from duovsr.errors import InputError, UsageError
+from duovsr.hub import export_repository, find_model
 from duovsr.repository import CONFIG, FILES, MANIFEST, Model, describe, shipped_models, weights_folder, write_manifest
 from duovsr.video.reader import VideoReader
 from duovsr.weights import load_model, save_model
@@ -57,6 +59,15 @@ def test_a_missing_file_is_refused(copied_weights: Path) -> None:
         load_model("tiny", CPU, torch.float32)
 
 
+def test_a_file_that_may_not_be_read_is_named(copied_weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path) -> str:  # as the system does, but root may read all
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr("duovsr.repository.sha256_of", refuse)
+    with pytest.raises(InputError, match=r"cannot read model file: `.*config\.json`: Permission denied"):
+        load_model("tiny", CPU, torch.float32)
+
+
 def test_an_exported_model_is_used_by_its_folder(copied_weights: Path) -> None:
     assert load_model(str(copied_weights / "tiny"), CPU, torch.float32).preset.name == "tiny"
     (copied_weights / "tiny" / MANIFEST).unlink()
@@ -75,6 +86,7 @@ def test_an_exported_model_is_used_by_its_folder(copied_weights: Path) -> None:
         ('{"model_type": "t5"}', "not a model of duovsr"),
         ('{"library": "duovsr", "format": 2, "preset": "tiny"}', "made with a later duovsr"),
         ('{"library": "duovsr", "format": 1, "preset": "huge"}', "made with a later duovsr.*`huge`"),
+        ('{"library": "duovsr", "format": 1, "preset": ["tiny"]}', "damaged model description"),
     ],
 )
 def test_a_description_of_something_else_is_refused(copied_weights: Path, config: str, words: str) -> None:
@@ -84,6 +96,9 @@ def test_a_description_of_something_else_is_refused(copied_weights: Path, config
     remake_manifest(copied_weights / "tiny")
     with pytest.raises(InputError, match=words):
         load_model("tiny", CPU, torch.float32)
+    with pytest.raises(InputError, match=words):
+        export_repository(find_model("tiny"), copied_weights / "out")
+    assert not (copied_weights / "out").exists()
 
 
 @pytest.mark.parametrize("exported", [False, True])
