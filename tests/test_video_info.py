@@ -72,6 +72,70 @@ def test_bad_input_is_one_line_that_names_the_file(tmp_path: Path, case: str, op
     assert caught.value.exit_code == 3
 
 
+def box(kind: bytes, *parts: bytes) -> bytes:
+    body = b"".join(parts)
+    return struct.pack(">I", 8 + len(body)) + kind + body
+
+
+def full_box(kind: bytes, *parts: bytes, version: int = 0) -> bytes:
+    return box(kind, struct.pack(">I", version << 24), *parts)
+
+
+def write_heic(path: Path, grid: bool) -> None:
+    """Two pictures of 64x64 and a thumbnail of 32x32, as phones write them. With `grid` the picture to show is the two
+    side by side, else the first."""
+    movies = [write_clip(path.with_suffix(f".{n}.mkv"), HEVC_STILL) for n in range(2)]
+    movies.append(write_clip(path.with_suffix(".small.mkv"), replace(HEVC_STILL, size=(32, 32))))
+    payloads, headers = [], []
+    for movie in movies:
+        with av.open(str(movie)) as container:
+            headers.append(container.streams.video[0].codec_context.extradata or b"")
+            payloads.append(b"".join(map(bytes, container.demux(video=0))))
+    if grid:
+        payloads.append(struct.pack(">4B2H", 0, 0, 0, 1, 128, 64))  # one row, two columns
+    properties = [box(b"hvcC", headers[0]), box(b"hvcC", headers[2])]
+    properties += [full_box(b"ispe", struct.pack(">2I", *size)) for size in ((64, 64), (32, 32), (128, 64))]
+    has = {1: b"\x01\x03", 2: b"\x01\x03", 3: b"\x02\x04", 4: b"\x05"}
+    items = range(1, len(payloads) + 1)
+    links = b"".join(struct.pack(">HB", item, len(has[item])) + has[item] for item in items)
+    entries = (struct.pack(">2H", i, 0) + (b"grid" if i == 4 else b"hvc1") + b"\0" for i in items)
+    described = b"".join(full_box(b"infe", entry, version=2) for entry in entries)
+    references = box(b"dimg", struct.pack(">4H", 4, 2, 1, 2)) if grid else b""
+    references += box(b"thmb", struct.pack(">3H", 3, 1, 4 if grid else 1))
+    head = box(b"ftyp", b"heic", bytes(4), b"mif1heic")
+
+    def meta(offset: int) -> bytes:
+        places = b""
+        for item, payload in zip(items, payloads, strict=True):
+            places += struct.pack(">3H2I", item, 0, 1, offset, len(payload))
+            offset += len(payload)
+        return full_box(
+            b"meta",
+            full_box(b"hdlr", bytes(4), b"pict", bytes(13)),
+            full_box(b"pitm", struct.pack(">H", 4 if grid else 1)),
+            full_box(b"iloc", struct.pack(">2BH", 0x44, 0, len(items)), places),
+            full_box(b"iinf", struct.pack(">H", len(items)), described),
+            full_box(b"iref", references),
+            box(b"iprp", box(b"ipco", *properties), full_box(b"ipma", struct.pack(">I", len(items)), links)),
+        )
+
+    path.write_bytes(head + meta(len(head) + len(meta(0)) + 8) + box(b"mdat", *payloads))
+
+
+HEVC_STILL = Clip((0,), size=(64, 64), codec="libx265", pix_fmt="yuv420p", options={"x265-params": "log-level=none"})
+
+
+def test_a_picture_in_tiles_is_refused_and_one_in_a_piece_is_read(tmp_path: Path) -> None:
+    """FFmpeg hands out every tile, and the thumbnail, as a video of its own."""
+    write_heic(tmp_path / "whole.heic", grid=False)
+    write_heic(tmp_path / "tiles.heic", grid=True)
+    info = probe(tmp_path / "whole.heic")
+    assert (info.width, info.height) == (64, 64)
+    with pytest.raises(InputError, match=r"tiles.*tiles.heic`$") as caught:
+        probe(tmp_path / "tiles.heic")
+    assert caught.value.hint
+
+
 def test_unreadable_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_clip(tmp_path / "in.mp4", Clip(pts=(0,)))
     if os.geteuid() == 0:  # permissions do not bind root

@@ -46,11 +46,20 @@ def open_input(path: Path) -> InputContainer:
 
 
 def main_video(container: InputContainer, path: Path) -> VideoStream:
-    """The stream to upscale, cover art aside. Raises `InputError` if there is none."""
+    """The stream to upscale, cover art aside. Raises `InputError` if there is none, or a picture in parts (HEIC)."""
+    if _is_in_tiles(container):  # beside which there may be a thumbnail
+        hint = "make a .png of it first, as with `heif-convert`"
+        raise InputError(f"a picture stored in tiles, which cannot be put together here: `{path}`", hint=hint)
     stream = container.streams.best("video")
     if not isinstance(stream, VideoStream) or stream.disposition & Disposition.attached_pic:
         raise InputError(f"no video stream in `{path}`")
     return stream
+
+
+def _is_in_tiles(container: InputContainer) -> bool:
+    """Whether the main picture is a grid of others, of which PyAV tells nothing but that they are parts."""
+    marks = [stream.disposition for stream in container.streams.video]
+    return any(mark & Disposition.dependent for mark in marks) and not any(mark & Disposition.default for mark in marks)
 
 
 def codec_name(stream: Stream) -> str:
