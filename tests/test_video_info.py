@@ -6,6 +6,7 @@ import os
 import re
 import struct
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -70,6 +71,30 @@ def test_bad_input_is_one_line_that_names_the_file(tmp_path: Path, case: str, op
     with pytest.raises(InputError, match=f"^{reason}.*{re.escape(name)}`$") as caught:
         opener(path)
     assert caught.value.exit_code == 3
+
+
+DEFAULT = av.stream.Disposition.default
+
+
+@pytest.mark.parametrize(
+    ("sizes", "marked", "expected"),
+    [(((32, 24), (64, 48)), None, 1), (((64, 48), (32, 24)), None, 0), (((32, 24), (64, 48)), 0, 0)],
+)
+def test_of_two_videos_the_larger_is_read_or_the_default(
+    tmp_path: Path, sizes: tuple[tuple[int, int], ...], marked: int | None, expected: int
+) -> None:
+    singles = [write_clip(tmp_path / f"{size[0]}.mkv", Clip(size=size)) for size in sizes]
+    with av.open(str(tmp_path / "both.mkv"), "w") as out, ExitStack() as opened:
+        sources = [opened.enter_context(av.open(str(path))) for path in singles]
+        copies = [out.add_stream_from_template(source.streams.video[0], opaque=True) for source in sources]
+        for number, copy in enumerate(copies):
+            copy.disposition = DEFAULT if number == marked else av.stream.Disposition(0)
+        for source, copy in zip(sources, copies, strict=True):
+            for packet in filter(lambda packet: packet.size, source.demux()):
+                packet.stream = copy
+                out.mux(packet)
+    info = probe(tmp_path / "both.mkv")
+    assert (info.width, info.height) == sizes[expected]
 
 
 def box(kind: bytes, *parts: bytes) -> bytes:

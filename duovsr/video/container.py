@@ -46,14 +46,21 @@ def open_input(path: Path) -> InputContainer:
 
 
 def main_video(container: InputContainer, path: Path) -> VideoStream:
-    """The stream to upscale, cover art aside. Raises `InputError` if there is none, or a picture in parts (HEIC)."""
+    """The stream to upscale: the largest of those marked as default, or of all where none is; cover art aside. Raises
+    `InputError` if there is none, or a picture in parts (HEIC)."""
     if _is_in_tiles(container):  # beside which there may be a thumbnail
         hint = "make a .png of it first, as with `heif-convert`"
         raise InputError(f"a picture stored in tiles, which cannot be put together here: `{path}`", hint=hint)
-    stream = container.streams.best("video")
-    if not isinstance(stream, VideoStream) or stream.disposition & Disposition.attached_pic:
+    apart = Disposition.attached_pic | Disposition.dependent
+    streams = [stream for stream in container.streams.video if not stream.disposition & apart]
+    if not streams:
         raise InputError(f"no video stream in `{path}`")
-    return stream
+    # FFmpeg's own choice goes by bit rates, or by how many frames it has seen.
+    return max(streams, key=lambda stream: (bool(stream.disposition & Disposition.default), _area(stream)))
+
+
+def _area(stream: VideoStream) -> int:
+    return stream.width * stream.height if stream.codec_context else 0  # none for a codec that FFmpeg does not know
 
 
 def _is_in_tiles(container: InputContainer) -> bool:
