@@ -15,6 +15,7 @@ import av
 import numpy as np
 import pytest
 from clips import AUDIO_RATE, Clip, picture, write_clip
+from PIL import Image
 
 from duovsr.errors import InputError
 from duovsr.options import UpscaleOptions
@@ -181,6 +182,15 @@ def test_video_without_a_single_picture_is_refused(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes().replace(payload, bytes(len(payload))))
     with pytest.raises(InputError, match=r"no picture of .* can be decoded"):
         probe(path)
+
+
+def test_an_animated_webp_is_refused_with_a_hint(tmp_path: Path) -> None:
+    """FFmpeg reads still ones only."""
+    first, *others = (Image.fromarray(picture(index, (64, 48))) for index in range(3))
+    first.save(tmp_path / "moving.webp", save_all=True, append_images=others)
+    with pytest.raises(InputError, match="can be decoded") as caught:
+        probe(tmp_path / "moving.webp")
+    assert "animated WebP" in (caught.value.hint or "")
 
 
 def test_names_that_look_like_protocols_are_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

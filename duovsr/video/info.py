@@ -99,7 +99,8 @@ def first_picture(source: Source, pictures: Iterator[av.VideoFrame]) -> av.Video
     """The next of `pictures`. Raises `InputError` if there is none."""
     picture = next(pictures, None)
     if picture is None:
-        raise InputError(f"no picture of `{source.path}` can be decoded")
+        hint = "an animated WebP is not read: make a .gif or a video of it first" if source.codec == "webp" else None
+        raise InputError(f"no picture of `{source.path}` can be decoded", hint=hint)
     return picture
 
 
