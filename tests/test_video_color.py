@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 from clips import Clip, write_clip
@@ -197,3 +198,25 @@ def test_unknown_matrix_is_refused(tmp_path: Path) -> None:
     assert probe(source).color == ColorTags(9, 16, 14, 1)
     with pytest.raises(InputError, match=r"unsupported colour matrix 14 \(H.273\) in `.*in.mp4`"):
         VideoReader(source)
+
+
+@pytest.mark.parametrize("layout", ["rgb555", "bgr555", "rgb565", "bgr565"])
+def test_bytes_in_either_order_are_the_same_colours(layout: str) -> None:
+    """QuickTime's raw video has the high byte first, of which swscale makes other colours."""
+    codes = np.random.default_rng(0).integers(0, 2 ** (15 if "555" in layout else 16), (48, 64))
+    results = []
+    for order in "<>":
+        frame = av.VideoFrame(64, 48, layout + {"<": "le", ">": "be"}[order])
+        frame.planes[0].update(codes.astype(f"{order}u2").tobytes())
+        results.append(FrameToRgb(ColorTags(2, 2, 0, 2), 8)(frame))
+    np.testing.assert_array_equal(*results)
+
+
+def test_pixels_that_cannot_be_converted_are_bad_input(tmp_path: Path) -> None:
+    """Packed four bits and some big-endian formats: FFmpeg decodes them, and swscale does not read them."""
+    with av.open(str(tmp_path / "in.nut"), "w") as container:
+        stream = container.add_stream("rawvideo", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "rgb4"
+        container.mux(stream.encode(av.VideoFrame(64, 48, "rgb4")))
+    with VideoReader(tmp_path / "in.nut") as reader, pytest.raises(InputError, match=r"pixel format.*`rgb4`"):
+        next(iter(reader))

@@ -6,12 +6,15 @@ conversion here never runs on a guess that a player would not make too.
 
 from __future__ import annotations
 
+import errno
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
 import av
 import numpy as np
 from av.video.reformatter import Interpolation, VideoReformatter
+
+from duovsr.errors import InputError
 
 RGB, BT709, UNSPECIFIED, SMPTE170M, BT2020 = 0, 1, 2, 6, 9  # matrix codes (primaries and transfers: the same numbers)
 LIMITED, FULL = 1, 2  # range codes; 0 is unspecified
@@ -41,6 +44,7 @@ _SWSCALE_FLAGS = (
     | Interpolation.ACCURATE_RND
     | Interpolation.BITEXACT
 )
+_BYTES_TO_SWAP = ("rgb555be", "bgr555be", "rgb565be", "bgr565be")  # swscale makes wrong colours of them (FFmpeg 8.1)
 _BAND_PIXELS = 32768  # a float32 band of three channels fits the L2 cache: 2-3x faster than whole 4K frames
 
 
@@ -110,7 +114,7 @@ def chroma_samples(pix_fmt: av.VideoFormat) -> Fraction:
 
 class FrameToRgb:
     """Converts the decoded frames of one stream, to `size` (width, height) where it is given. `tags` must come from
-    `decoding_tags`."""
+    `decoding_tags`. Raises `InputError` for a frame in a pixel format that swscale cannot read."""
 
     def __init__(self, tags: ColorTags, depth: int, size: tuple[int, int] | None = None) -> None:
         self._tags = tags
@@ -155,7 +159,15 @@ class FrameToRgb:
 
     def _reformat(self, frame: av.VideoFrame, pix_fmt: str) -> av.VideoFrame:
         width, height = self._size or (frame.width, frame.height)
-        return self._reformatter.reformat(frame, width, height, pix_fmt, interpolation=_SWSCALE_FLAGS)
+        if frame.format.name in _BYTES_TO_SWAP:
+            frame = frame.reformat(format=frame.format.name[:-2] + "le")
+        try:
+            return self._reformatter.reformat(frame, width, height, pix_fmt, interpolation=_SWSCALE_FLAGS)
+        except av.error.OSError as error:
+            if error.errno != errno.EOPNOTSUPP:
+                raise
+            hint = "write the input anew in a usual one, such as rgb24"
+            raise InputError(f"unsupported pixel format of the input: `{frame.format.name}`", hint=hint) from error
 
 
 class RgbToFrame:
