@@ -13,7 +13,7 @@ from duovsr.model.one_step import new_autoencoder
 from duovsr.train.data import Pool
 from duovsr.train.distributed import World
 from duovsr.train.loop import Run
-from duovsr.train.losses import PatchDiscriminator
+from duovsr.train.losses import PatchDiscriminator, psnr
 from duovsr.train.options import RefineConfig
 from duovsr.train.refine import Refinement
 from duovsr.train.roles import DiffusionModel, Inputs
@@ -52,8 +52,8 @@ def gradients(made: Refinement) -> list[Tensor]:
 def test_micro_batches_change_nothing(inputs: Inputs, tmp_path: Path) -> None:
     whole, parts = (refinement(inputs, replace(CONFIG, accumulate=n), World(0, 1, CPU), tmp_path) for n in (1, 2))
     noted = [made.step(0) for made in (whole, parts)]
-    for name in noted[0].keys() - {"psnr_gain", "grad_norm"}:  # dB are no mean
-        torch.testing.assert_close(noted[1][name], noted[0][name], rtol=0, atol=1e-6, msg=name)
+    for name in noted[0].keys() - {"grad_norm"}:
+        torch.testing.assert_close(noted[1][name], noted[0][name], rtol=0, atol=1e-5, msg=name)
     assert noted[0]["noise_drift"] > 1e-3
     assert len(gradients(whole)) > 50
     for mine, theirs in zip(gradients(parts), gradients(whole), strict=True):
@@ -64,8 +64,9 @@ def test_processes_change_nothing(inputs: Inputs, tmp_path: Path) -> None:
     """Two ranks by hand, without the sharding: the mean of their gradients."""
     made = [refinement(inputs, CONFIG, World(rank, size, CPU), tmp_path) for rank, size in ((0, 1), (0, 2), (1, 2))]
     noted = [each.step(0) for each in made]
-    mean = (noted[1]["noise_drift"] + noted[2]["noise_drift"]) / 2
-    torch.testing.assert_close(mean, noted[0]["noise_drift"], rtol=0, atol=1e-6)
+    for name in ("noise_drift", "psnr_gain"):
+        mean = (noted[1][name] + noted[2][name]) / 2
+        torch.testing.assert_close(mean, noted[0][name], rtol=0, atol=1e-5, msg=name)
     for alone, first, second in zip(*map(gradients, made), strict=True):
         torch.testing.assert_close((first + second) / 2, alone, rtol=0, atol=1e-6)
 
@@ -80,3 +81,10 @@ def test_the_discriminator_sees_the_frame_before() -> None:
     assert not first.any()
     assert second.abs().max() > 1e-4
     assert third.abs().max() > 1e-4
+
+
+def test_frames_without_an_error_do_not_drown_the_others() -> None:
+    """As black ones, clamped."""
+    target = torch.zeros(2, 3, 1, 4, 4)
+    output = target + torch.tensor([0.0, 0.2]).view(2, 1, 1, 1, 1)
+    assert psnr(output, target).item() == pytest.approx((100 + 20) / 2)
