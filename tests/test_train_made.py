@@ -154,6 +154,10 @@ def test_a_student_without_pairs_is_an_error(
     with pytest.raises(TrainError, match="none of 24 clips gave a pair: the rankers see no difference"):
         run_stage("prefs", tmp_path, *CLIPS, data=(training_pool,), init=base)
     assert not (tmp_path / "pairs.json").exists()
+    monkeypatch.setattr(stage3, "make_rankers", lambda names, device: [Moody(set(), set(range(24)))])
+    with pytest.raises(TrainError, match="a black clip") as caught:
+        run_stage("prefs", tmp_path / "black", *CLIPS, data=(training_pool,), init=base)
+    assert "noise" not in str(caught.value.hint)  # nobody has seen what the student does
 
 
 def test_pairs_of_another_autoencoder_are_refused(training_pool: Path, base: Path, tmp_path: Path) -> None:

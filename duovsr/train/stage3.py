@@ -62,7 +62,9 @@ def build_pairs(run: Run, config: PrefsConfig, inputs: Inputs) -> None:
                 _save(run.out / _PARTIAL, pairs, {"pairs": count, "clips": clips})
     if count == 0:
         reasons = "; ".join(sorted({str(clip["skipped"]) for clip in clips})[:3])
-        raise TrainError(f"none of {most} clips gave a pair: {reasons}", hint="the student may ignore its noise")
+        measured = any("scores" in clip for clip in clips)
+        hint = "the student may ignore its noise" if measured else "use other rankers, or larger or longer windows"
+        raise TrainError(f"none of {most} clips gave a pair: {reasons}", hint=hint)
     notice = f"{most} clips gave only {count} of {config.pairs} pairs" if count < config.pairs else None
     _save(run.out / PAIRS_RECORD, pairs, {**judge.describe(), "notice": notice, "pairs": count, "clips": clips})
     (run.out / _PARTIAL).unlink(missing_ok=True)
