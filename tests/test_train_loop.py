@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from dataclasses import replace
@@ -137,6 +138,17 @@ def test_the_average_can_be_worn_and_taken_off() -> None:
     with ema.applied():
         torch.testing.assert_close(line.weight, before + 0.5)
     torch.testing.assert_close(line.weight, before + 1.0)
+
+
+def test_a_finished_run_without_its_checkpoints_is_finished(tmp_path: Path) -> None:
+    """People remove them to make room."""
+    weight = fit_line(tmp_path)
+    shutil.rmtree(tmp_path / "checkpoints")
+
+    def refuse(n: int) -> None:
+        raise AssertionError(f"step {n} was made again")
+
+    assert torch.equal(fit_line(tmp_path, refuse), weight)
 
 
 def test_validation_keeps_the_best_and_can_stop_a_run(tmp_path: Path) -> None:

@@ -169,7 +169,8 @@ def run_loop(run: Run, trained: Trained, step_function: StepFunction) -> None:
     """Run `step_function` to the end, resuming where the newest checkpoint of `run.out` stands.
 
     Leaves `final.pt`: the averaged weights and the carried ones, so that the next stage needs one folder only; with
-    validation also `best.pt`. Raises Interrupted after a signal, with the state saved.
+    validation also `best.pt`. With `final.pt` a run is over, whether its checkpoints are still there or not.
+    Raises Interrupted after a signal, with the state saved.
     """
     config, world = run.config, run.world
     total = trained.total or config.steps
@@ -180,6 +181,8 @@ def run_loop(run: Run, trained: Trained, step_function: StepFunction) -> None:
     _initialise(root, optimizers)
     position = _Position()
     with Checkpoints(run.out / "checkpoints", config.keep) as checkpoints:
+        if checkpoints.latest() is None and (run.out / FINAL).exists():
+            return  # finished, by the same settings: only the checkpoints were removed
         start = _resume(checkpoints, root, optimizers, emas, position)
         if position.exhausted(config.patience):
             start = total
