@@ -167,6 +167,26 @@ def test_validation_keeps_the_best_and_can_stop_a_run(tmp_path: Path) -> None:
     assert next(scores) == 0.0
 
 
+def test_only_the_last_round_has_the_best(tmp_path: Path) -> None:
+    """The rounds of `progressive` before it train for more steps than the one that is validated."""
+    run = Run(tmp_path, StageConfig(steps=4, batch=1, validate_every=2, patience=2, ema=0.0), ALONE)
+    line = nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(line.parameters(), lr=0.1)
+    scores, weights = iter([1.0, 0.5, 2.0, 3.0, 2.5, 4.0]), {}
+
+    def step(n: int) -> Metrics:
+        return run.update([optimizer], lambda each: (line(torch.ones(1)).sum(), {}), n)
+
+    def validate(done: int) -> dict[str, float]:
+        weights[done] = line.weight.detach().clone()
+        return {"score": next(scores)}
+
+    trained = Trained({"m": line}, {"o": optimizer}, ("m",), validate=validate, total=12, period=4)
+    run_loop(run, trained, step)
+    assert len([r for r in records(tmp_path) if "validation_score" in r]) == 6
+    assert torch.equal(load_weights(tmp_path / "best.pt")["m"]["weight"], weights[10])
+
+
 def test_ranks_agree_on_what_is_best(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where only some gathered the weights, they would wait for the others for good."""
     mine, others = iter([1.0, 2.0, 3.0]), {1.0: 3.0, 2.0: 0.5, 3.0: 0.1}

@@ -155,7 +155,9 @@ class Trained:
     carried: dict[str, nn.Module] = field(default_factory=dict)
     validate: Callable[[int], Scores] | None = None
     total: int | None = None  # steps in all, where not `config.steps`
-    period: int | None = None  # steps after which the learning rate's schedule and the average start again
+    # Steps after which the learning rate's schedule and the average start again, for another task: only of the last
+    # period may weights be the best ones, or patience end.
+    period: int | None = None
 
 
 def learning_rate_factor(step: int, total: int, config: StageConfig) -> float:
@@ -197,7 +199,7 @@ def run_loop(run: Run, trained: Trained, step_function: StepFunction) -> None:
                 if step % config.log_every == 0 or done == total:
                     journal.log(step, {name: mean_over_ranks(v, world).item() for name, v in metrics.items()})
                 if trained.validate is not None and (done % config.validate_every == 0 or done == total):
-                    _validate(run, trained, emas, position, journal, done)
+                    _validate(run, trained, emas, position, journal, done, first=total - period)
                 stopping = any_rank(stop.is_set(), world)
                 exhausted = position.exhausted(config.patience)
                 if stopping or exhausted or done % config.save_every == 0 or done == total:
@@ -234,8 +236,9 @@ class _Position:
 
 
 def _validate(
-    run: Run, trained: Trained, emas: dict[str, Ema], position: _Position, journal: Journal, done: int
+    run: Run, trained: Trained, emas: dict[str, Ema], position: _Position, journal: Journal, done: int, first: int
 ) -> None:
+    """Scores the averaged weights, and keeps the best of those after step `first`."""
     assert trained.validate is not None
     with ExitStack() as stack:
         for ema in emas.values():
@@ -244,6 +247,8 @@ def _validate(
     if not scores:
         return
     journal.log(done - 1, {f"validation_{name}": value for name, value in scores.items()})
+    if done <= first:
+        return
     # Of all ranks one: a last digit may differ from machine to machine, and all must gather the weights, or none.
     score = mean_over_ranks(torch.tensor(scores["score"], dtype=torch.float64, device=run.device), run.world).item()
     if score < position.best:
