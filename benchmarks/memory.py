@@ -6,6 +6,7 @@ by the length of the clip (it must not grow). Each figure is the peak of a proce
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
@@ -53,6 +54,7 @@ def measure(folder: Path, width: int, height: int, frames: int, dtype: str, chun
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     import torch
 
     rows = []

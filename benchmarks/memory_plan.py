@@ -6,6 +6,7 @@ the weights counted on the meta device. Nothing of it has been measured on a GPU
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 
@@ -34,6 +35,7 @@ def plan_for(card: float, source: tuple[int, int], weights: dict[str, WeightByte
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     preset = PRESETS["1.3b"]
     with torch.device("meta"):
         transformer, vae = Transformer(preset.transformer), new_autoencoder(preset.vae)

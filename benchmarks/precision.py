@@ -7,6 +7,7 @@ float32 gives. It takes 12 GB of memory.
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 
@@ -51,6 +52,7 @@ def velocity(way: str) -> Tensor:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     widths = PRESETS["1.3b"].transformer
     shapes = [(widths.dim, widths.dim), (widths.dim, widths.ffn_dim), (widths.ffn_dim, widths.dim)]
     layers = {f"{i}x{o}": {way: layer_error(i, o, way) for way in WAYS} for i, o in shapes}

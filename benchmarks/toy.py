@@ -9,6 +9,7 @@ Energy distance to the truth given the LQ (0: equal distributions) of the one-st
 
 from __future__ import annotations
 
+import argparse
 import json
 import tempfile
 import time
@@ -56,6 +57,7 @@ def measure(folder: Path, seed: int) -> dict[str, float]:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     torch.set_num_threads(1)
     rows: list[dict[str, float]] = []
     for seed in SEEDS:

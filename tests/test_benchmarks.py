@@ -231,3 +231,24 @@ def test_curves_are_a_runs_own_and_tell_a_run_that_differs(gpu: ModuleType, tmp_
     assert curves.repeated(runs, run("other", {0: 1.0, 100: 2.5}))["largest_difference"] == 0.5
     with pytest.raises(SystemExit):
         curves.repeated(runs, run("neither", {0: 1.0}, seed=3))
+
+
+@pytest.mark.parametrize(
+    ("name", "work"),
+    [("memory", "measure"), ("memory_plan", "plan_for"), ("precision", "layer_error"), ("toy", "measure")],
+)
+def test_help_measures_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str, work: str
+) -> None:
+    """It would write over what was recorded."""
+    module = importlib.import_module(f"benchmarks.{name}")
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("the measurement has begun")
+
+    monkeypatch.setattr(module, work, refuse)
+    monkeypatch.setattr(sys, "argv", [name, "--help"])
+    with pytest.raises(SystemExit) as ended:
+        module.main()
+    assert ended.value.code == 0
+    assert (module.__doc__ or "").split(".")[0].split()[-1] in capsys.readouterr().out
