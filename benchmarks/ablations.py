@@ -83,7 +83,7 @@ ROWS = (
 
 
 def train(row: Row, out: Path, model: Path, pools: tuple[Path, ...]) -> float:
-    """Run a row, or what is left of it; the CPU seconds it took in all."""
+    """Run a row, or what is left of it; the CPU seconds of the start that finished it, not of those before."""
     noted = out / row.name / "cpu_seconds.json"
     if not noted.exists():
         job = Job(
