@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from duovsr.video.remux import Window
-from tests.clips import click_times, packet_hashes, start_time, write_clicks
+from tests.clips import Clip, click_times, packet_hashes, start_time, write_clicks, write_clip
 from tests.pieces import copy_beside, copy_clip, copy_streams
 
 
@@ -188,3 +188,18 @@ def test_a_piece_cuts_long_packets_of_pcm(tmp_path: Path, codec: str) -> None:
         packets = [packet for packet in container.demux(audio) if packet.size]
     assert packets[0].pts == 0
     assert b"".join(map(bytes, packets)) == data[int(1.2 * rate) * width : int(2.9 * rate) * width]
+
+
+@pytest.mark.parametrize(
+    ("codec", "container", "becomes"),
+    [("eac3", "nut", "aac"), ("ac3", "nut", "ac3"), ("eac3", "mkv", "eac3"), ("ac3", "ts", "ac3")],
+)
+def test_sound_that_is_not_what_its_container_says(tmp_path: Path, codec: str, container: str, becomes: str) -> None:
+    """NUT calls E-AC-3 AC-3, which mp4's muxer refuses at its very end."""
+    source = write_clip(tmp_path / f"in.{container}", Clip(audio=[codec]))
+    notices = copy_clip(source, tmp_path / "out.mp4").notices
+    assert [str(notice) for notice in notices if "converted" in notice] == (
+        [] if becomes == codec else ["audio stream #1 (ac3) is converted to aac: mp4 does not hold it"]
+    )
+    with av.open(str(tmp_path / "out.mp4")) as out:
+        assert out.streams.audio[0].codec_context.name == becomes

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import suppress
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 from av.container import InputContainer
@@ -67,6 +69,13 @@ def _is_in_tiles(container: InputContainer) -> bool:
     """Whether the main picture is a grid of others, of which PyAV tells nothing but that they are parts."""
     marks = [stream.disposition for stream in container.streams.video]
     return any(mark & Disposition.dependent for mark in marks) and not any(mark & Disposition.default for mark in marks)
+
+
+def first_packet(path: Path, index: int) -> av.Packet[Any] | None:
+    """Of one stream of a file, which is read apart for it."""
+    with open_input(path) as container, suppress(av.error.FFmpegError):
+        return next((packet for packet in container.demux(container.streams[index]) if packet.size), None)
+    return None
 
 
 def codec_name(stream: Stream) -> str:

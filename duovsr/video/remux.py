@@ -18,7 +18,7 @@ from av.subtitles.stream import SubtitleStream
 from av.video.stream import VideoStream
 
 from duovsr.errors import Remark
-from duovsr.video.container import codec_name, counted, label_of, main_video, open_input
+from duovsr.video.container import codec_name, counted, first_packet, label_of, main_video, open_input
 from duovsr.video.sound import (
     LEAD,
     SoundConverter,
@@ -26,8 +26,8 @@ from duovsr.video.sound import (
     encoders_for,
     has_format,
     is_too_long_to_cut,
+    sample_packet,
     short_packets,
-    silent_packet,
 )
 from duovsr.video.subtitles import KINDS, SubtitleConverter
 from duovsr.video.tags import (
@@ -179,16 +179,16 @@ class StreamCopier:
                 name = stream.metadata.get("filename", f"#{stream.index}")
                 self.notices.append(f"attachment `{name}` is not kept: only mkv holds it")
         else:
-            self._add_track(stream, label)
+            self._add_track(source, stream, label)
 
-    def _add_track(self, stream: Stream, label: str) -> None:
+    def _add_track(self, source: Path, stream: Stream, label: str) -> None:
         """Sound or subtitles: as they are, else as another kind, else not at all."""
         container = self._target.format.name
         route: _Route | None = None
         if isinstance(stream, AudioStream) and stream.codec_context and not has_format(stream):
             self.notices.append(f"{label} is not kept: none of it decodes")  # and muxers fail on it at the very end
             return
-        is_held = self._is_held(lambda trial: add_copy(stream, trial), silence=silent_packet(stream))
+        is_held = self._is_held(lambda trial: add_copy(stream, trial), sample=sample_packet(source, stream))
         is_too_long = is_held and self._window.is_cut and is_too_long_to_cut(stream)
         if is_held and not is_too_long:
             route = _Copy(add_copy(stream, self._target))
@@ -220,16 +220,16 @@ class StreamCopier:
         if container in ("mp4", "mov") and tracks and not marked:
             self.notices.append(Remark(f"subtitles are on by default: {container} needs it"))
 
-    def _is_held(self, add: Callable[[OutputContainer], object], silence: av.Packet[Any] | None = None) -> bool:
+    def _is_held(self, add: Callable[[OutputContainer], object], sample: av.Packet[Any] | None = None) -> bool:
         """Whether the container takes such a stream: asked of the muxer, with a file in memory, a whole one where there
-        is `silence` to write: mp4 describes its tracks at the end."""
+        is a `sample` to write: mp4 describes its tracks at the end."""
         trial = av.open(io.BytesIO(), "w", format=self._target.format.name)
         try:
             add(trial)
             trial.start_encoding()
-            if silence is not None:
-                silence.stream = trial.streams[0]
-                trial.mux(silence)
+            if sample is not None:
+                sample.stream = trial.streams[0]
+                trial.mux(sample)
                 trial.close()
         except (ValueError, av.error.FFmpegError):
             return False
@@ -243,8 +243,7 @@ class StreamCopier:
         container, kind = self._target.format.name, _IMAGE_TYPES.get(codec_name(stream))
         if kind is None or container not in ("mp4", "matroska"):
             return False
-        with open_input(source) as other:
-            packet = next((packet for packet in other.demux(other.streams[stream.index]) if packet.size), None)
+        packet = first_packet(source, stream.index)
         if packet is None:
             return False
         if container == "matroska":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 from fractions import Fraction
+from pathlib import Path
 from typing import Any, cast
 
 import av
@@ -16,7 +17,7 @@ from av.codec import Codec
 from av.container import OutputContainer
 from av.stream import Stream
 
-from duovsr.video.container import codec_name
+from duovsr.video.container import codec_name, first_packet
 from duovsr.video.window import Window
 
 # Container: encoders for sound that is lossy already, and for sound that is not; the first that takes it.
@@ -69,12 +70,18 @@ def add_copy(stream: Stream, target: OutputContainer) -> Stream:
     return copy
 
 
-def silent_packet(stream: Stream) -> av.Packet[Any] | None:
-    """Whole samples of PCM, as deep as they may be; None for other codecs, whose packets are not as easy to make."""
-    if not isinstance(stream, AudioStream) or not _is_pcm(stream):
+def sample_packet(source: Path, stream: Stream) -> av.Packet[Any] | None:
+    """What mp4's muxer judges at the end alone: of PCM whole samples of silence, as deep as they may be, and of AC-3
+    the first packet, for NUT and others call E-AC-3 so; None for other codecs."""
+    if not isinstance(stream, AudioStream):
         return None
-    packet: av.Packet[Any] = av.Packet(bytes(24 * stream.codec_context.layout.nb_channels))
-    packet.pts, packet.dts, packet.time_base = 0, 0, Fraction(1, 1000)
+    packet: av.Packet[Any] | None = None
+    if _is_pcm(stream):
+        packet = av.Packet(bytes(24 * stream.codec_context.layout.nb_channels))
+    elif codec_name(stream) == "ac3":
+        packet = first_packet(source, stream.index)
+    if packet is not None:
+        packet.pts, packet.dts, packet.time_base = 0, 0, Fraction(1, 1000)
     return packet
 
 
