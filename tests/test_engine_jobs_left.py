@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ from PIL import Image
 from duovsr import UpscaleOptions
 from duovsr.engine import files, jobs
 from duovsr.engine.batch import Item, upscale_items
-from duovsr.errors import DuovsrError, UsageError
+from duovsr.errors import DuovsrError, Remark, UsageError
 from duovsr.video import output, pictures
+from duovsr.video.output import job_folder
 from tests.bicubic import bicubic
 from tests.clips import Clip, frame_hashes, write_clip
 
@@ -45,7 +47,7 @@ def left(request: pytest.FixtureRequest, clip: Path, tmp_path: Path) -> Path:
     target = tmp_path / "out" / "out.mp4"
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "before the folder goes":
-            patch.setattr(jobs.Job, "remove", crash)
+            patch.setattr(jobs.Job, "end", crash)
         else:
             link = os.link
             patch.setattr(os, "link", lambda partial, name: crash(link(partial, name)))
@@ -111,26 +113,77 @@ def stop_at(target: Path, replace: Any) -> Any:
     return lambda partial, name: crash() if name == target else replace(partial, name)
 
 
-@pytest.mark.parametrize("at", ["job.json", "journal.jsonl", "piece_000000.mkv", "owner"])
-def test_stopped_while_it_tidies_up_a_job_is_over(clip: Path, tmp_path: Path, at: str) -> None:
-    """What is left is no unfinished work, of which other settings would be refused."""
-    target, unlink = tmp_path / "out" / "out.mp4", Path.unlink
-    with pytest.MonkeyPatch.context() as patch:
+@pytest.fixture(params=["job.json", "journal.jsonl", "piece_000000.mkv", "owner", "lock"])
+def leave_some(request: pytest.FixtureRequest, clip: Path, tmp_path: Path) -> Callable[[Path, UpscaleOptions], None]:
+    """Upscales, and is stopped while it tidies up."""
+    unlink = Path.unlink
 
-        def stop(path: Path, missing_ok: bool = False) -> None:
-            unlink(path, missing_ok)
-            if path.name == at:
-                raise Crash
+    def upscale(target: Path, options: UpscaleOptions) -> None:
+        with pytest.MonkeyPatch.context() as patch:
 
-        patch.setattr(Path, "unlink", stop)
-        with pytest.raises(Crash):
-            bicubic().upscale_file(clip, target, OPTIONS)
-    before = target.read_bytes()
-    assert sorted(os.listdir(target.parent)) == ["out.mp4", "out.mp4.duovsr"]
-    assert next(iter(upscale_items(bicubic(), [Item(clip, target)], OPTIONS))).reason.startswith("the target exists")
-    assert target.read_bytes() == before
-    bicubic().upscale_file(clip, target, UpscaleOptions(scale=1, overwrite=True))
+            def stop(path: Path, missing_ok: bool = False) -> None:
+                unlink(path, missing_ok)
+                if path.name == request.param:
+                    raise Crash
+
+            patch.setattr(Path, "unlink", stop)
+            with pytest.raises(Crash):
+                bicubic().upscale_file(clip, target, options)
+        assert job_folder(target).exists()
+
+    return upscale
+
+
+Leave = Callable[[Path, UpscaleOptions], None]
+
+
+@pytest.mark.parametrize(("name", "options"), [("out.mp4", OPTIONS), ("%04d.png", IMAGES)])
+def test_stopped_while_it_tidies_up_the_same_command_ends_the_job(
+    leave_some: Leave, clip: Path, tmp_path: Path, name: str, options: UpscaleOptions
+) -> None:
+    target = tmp_path / "out" / name
+    leave_some(target, options)
+    before = {path: path.stat().st_mtime_ns for path in target.parent.iterdir() if path.is_file()}
+    assert not Item(clip, target).is_finished
+    report = bicubic().upscale_file(clip, target, options)
+    assert (report.frames, report.reused, report.warnings) == (FRAMES, FRAMES, ())
+    assert {path: path.stat().st_mtime_ns for path in target.parent.iterdir()} == before
+    with pytest.raises(UsageError, match="the target exists"):
+        bicubic().upscale_file(clip, target, options)
+
+
+@pytest.mark.parametrize("changes", [{"seed": 1}, {"audio": False}, {"restart": True}])
+def test_stopped_while_it_tidies_up_a_job_is_over_for_other_work(
+    leave_some: Leave, clip: Path, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    target = tmp_path / "out" / "out.mp4"
+    leave_some(target, OPTIONS)
+    content, other = target.read_bytes(), UpscaleOptions(**{**vars(OPTIONS), **changes})
+    with pytest.raises(UsageError, match="the target exists"):
+        bicubic().upscale_file(clip, target, other)
+    assert target.read_bytes() == content
+    assert bicubic().upscale_file(clip, target, replace(other, overwrite=True)).reused == 0
     assert os.listdir(target.parent) == ["out.mp4"]
+
+
+def test_an_ended_job_whose_output_was_removed_begins_anew(leave_some: Leave, clip: Path, tmp_path: Path) -> None:
+    for name, options, gone in [("out.mp4", OPTIONS, "out.mp4"), ("%04d.png", IMAGES, "0007.png")]:
+        leave_some(tmp_path / "out" / name, options)
+        (tmp_path / "out" / gone).unlink()
+        if name == "%04d.png":
+            options = replace(options, overwrite=True)
+        assert bicubic().upscale_file(clip, tmp_path / "out" / name, options).reused == 0
+    assert len(os.listdir(tmp_path / "out")) == 1 + FRAMES
+
+
+def test_what_was_not_kept_is_told_again(leave_some: Leave, clip: Path, tmp_path: Path) -> None:
+    target = tmp_path / "out" / "out.mp4"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(files, "_all_notices", lambda *_: ["lost", Remark("converted")])
+        leave_some(target, OPTIONS)
+    report = bicubic().upscale_file(clip, target, OPTIONS)
+    assert report.warnings == ("lost",)
+    assert "converted" in report.notices
 
 
 @pytest.mark.parametrize("number", [errno.EROFS, errno.ENOSPC])
@@ -154,7 +207,7 @@ def test_an_image(tmp_path: Path) -> None:
     source, target = tmp_path / "in.png", tmp_path / "out.png"
     Image.new("RGB", (16, 16)).save(source)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jobs.Job, "remove", crash)
+        patch.setattr(jobs.Job, "end", crash)
         with pytest.raises(Crash):
             bicubic().upscale_file(source, target, UpscaleOptions(scale=2))
     bicubic().upscale_file(source, target, UpscaleOptions(scale=2))

@@ -6,13 +6,12 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import av
 import numpy as np
 
 from duovsr.engine.identity import identity_of
@@ -22,16 +21,17 @@ from duovsr.engine.pipeline import BackgroundSink, one_ahead, prefetch
 from duovsr.engine.plan import Plan
 from duovsr.engine.run import Launched, Run, States
 from duovsr.engine.stages import StageTimes
-from duovsr.errors import DuovsrError, InputError, Interrupted, Remark, UsageError
+from duovsr.errors import InputError, Interrupted, Remark
 from duovsr.model.resize import resize_plane
 from duovsr.options import PIPE, Progress, UpscaleOptions
 from duovsr.video.codecs import Encoding, encoding_for
+from duovsr.video.container import ffmpeg_errors
 from duovsr.video.encoder import VideoEncoder
 from duovsr.video.images import kind_of
 from duovsr.video.info import VideoInfo
 from duovsr.video.mux import join_pieces, rehearse
 from duovsr.video.output import Target, check_space, check_target, may_replace, publish
-from duovsr.video.pictures import numbers_for, write_picture, write_pictures
+from duovsr.video.pictures import numbers_for, only_one, write_picture, write_pictures
 from duovsr.video.reader import Frame, VideoReader
 from duovsr.video.remux import Window
 from duovsr.video.verify import verify_output
@@ -115,8 +115,8 @@ def upscale_file(
     should_stop: Callable[[], bool],
 ) -> UpscaleReport:
     """See `Upscaler.upscale_file`."""
-    options = replace(options, overwrite=may_replace(destination, options))
-    target = check_target(source, destination, options.overwrite, options.codec, restart=options.restart)
+    replaces = may_replace(destination, options)
+    target = check_target(source, destination, replaces, options.codec, restart=options.restart)
     began = time.monotonic()
     with VideoReader(
         source,
@@ -130,49 +130,35 @@ def upscale_file(
         plan = upscaler.plan(info.width, info.height, options)
         encoding = encoding_for(target, info, plan.target_size, options)
         work = _Work(upscaler, options, plan, info, encoding, on_progress, should_stop)
-        with _ffmpeg_errors(destination):
+        with ffmpeg_errors(destination):
             if target.kind == "pipe":
                 _to_pipe(work, reader, target)
             else:
                 _to_file(work, reader, target)
-        notices = [*reader.notices, *encoding.notices, *work.notices, *_sound_left_out(work, target)]
+        notices = _all_notices(work, reader, target)
     seconds = time.monotonic() - began
-    return UpscaleReport(work.frames, work.reused, seconds, work.plan, tuple(dict.fromkeys(notices)), work.stages)
+    return UpscaleReport(work.frames, work.reused, seconds, work.plan, tuple(notices), work.stages)
 
 
 def _to_file(work: _Work, reader: VideoReader, target: Target) -> None:
     source, destination = work.info.path, target.path
     rehearse(target, work.info, *work.plan.target_size, work.encoding)
-    check_space(destination, 2 * _least_bytes(work))  # pieces, and the file
     identity = identity_of(source, work.upscaler, work.options, work.encoding, PIECE_FRAMES)
-    restart, resumable = work.options.restart, source != PIPE
-    with Job(destination, identity, work.plan, restart=restart, resumable=resumable) as job:
-        # The job before it may have been another process's, and have ended meanwhile.
-        check_target(source, destination, work.options.overwrite, work.options.codec, restart=restart)
+    options, resumable = work.options, source != PIPE
+    beside, restart = (options.audio, options.subtitles), options.restart
+    with Job(destination, identity, work.plan, beside=beside, restart=restart, resumable=resumable) as job:
+        if job.ended is not None:
+            work.frames = work.reused = job.ended.frames
+            work.notices += job.ended.notices
+            return
+        # The job before it may have been another process's, or other work, and have ended meanwhile.
+        work.options = replace(options, overwrite=may_replace(destination, options))
+        check_target(source, destination, work.options.overwrite, options.codec, restart=restart)
+        check_space(destination, 2 * _least_bytes(work))  # pieces, and the file
         work.plan = job.plan
-        _make_pieces(work, _only_one(reader, target) if target.kind == "image" else reader, job)
+        _make_pieces(work, only_one(reader, target.path) if target.kind == "image" else reader, job)
         _put_together(work, reader, job, target)
-
-
-def _only_one(frames: Iterable[Frame], target: Target) -> Iterator[Frame]:
-    """The only one of `frames`. A second one raises `UsageError`: before it is read nobody can be sure."""
-    for number, frame in enumerate(frames):
-        if number > 0:
-            hint = "write a pattern such as frames/%05d.png, or a video"
-            raise UsageError(f"a clip does not fit one image: `{target.path}`", hint=hint)
-        yield frame
-
-
-@contextmanager
-def _ffmpeg_errors(destination: Path) -> Iterator[None]:
-    """What is expected nowhere else, such as an encoder that gives up in mid-clip, in one line."""
-    try:
-        yield
-    except av.error.FFmpegError as error:
-        if isinstance(error, MemoryError):
-            raise
-        message = f"FFmpeg failed on the way to `{destination}`: {error.strerror} ({error.filename})"
-        raise DuovsrError(message, hint="memory may be short; or try another --codec") from error
+        job.end(work.frames, _all_notices(work, reader, target))
 
 
 def _make_pieces(work: _Work, frames: Iterable[Frame], job: Job) -> None:
@@ -267,7 +253,6 @@ def _put_together(work: _Work, reader: VideoReader, job: Job, target: Target) ->
         work.notices += write_pictures(
             pieces, partial, target.path, numbers, aspect, options.overwrite, job.begin_publishing
         )
-        job.remove()
         return
     if target.kind == "image":
         write_picture(pieces, partial, target.path, aspect)
@@ -290,7 +275,6 @@ def _put_together(work: _Work, reader: VideoReader, job: Job, target: Target) ->
     if info.path != PIPE:  # which cannot be read again: there is nothing to go on with
         job.begin_publishing(partial)
     publish(partial, target.path, options.overwrite)
-    job.remove()
 
 
 def _to_pipe(work: _Work, reader: VideoReader, target: Target) -> None:
@@ -310,6 +294,12 @@ def _to_pipe(work: _Work, reader: VideoReader, target: Target) -> None:
         work.notices.append(f"the pixel aspect ratio {aspect} is not kept: NUT needs h264 or hevc for it")
     if encoder.longest_move > encoder.time_base / 2:
         work.notices.append("the times of the frames are not kept: y4m has none, `--codec ffv1` writes NUT, which has")
+
+
+def _all_notices(work: _Work, reader: VideoReader, target: Target) -> list[str]:
+    """Each once, when all is done."""
+    notices = [*reader.notices, *work.encoding.notices, *work.notices, *_sound_left_out(work, target)]
+    return list(dict.fromkeys(notices))
 
 
 def _sound_left_out(work: _Work, target: Target) -> list[str]:

@@ -48,3 +48,15 @@ def fingerprint(files: Sequence[Path]) -> str:
             file.seek(max(0, status.st_size - 2**20))
             digest.update(file.read())
     return digest.hexdigest()
+
+
+def difference(known: dict[str, Any], identity: dict[str, Any]) -> str:
+    """The names of what is not the same, as `source` or `options.seed`."""
+    names = []
+    for key in sorted(known.keys() | identity.keys()):
+        old, new = known.get(key), identity.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            names += [f"{key}.{part}" for part in sorted(old.keys() | new.keys()) if old.get(part) != new.get(part)]
+        elif old != new:
+            names.append(key)
+    return ", ".join(names)

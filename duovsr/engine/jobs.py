@@ -19,6 +19,8 @@ import torch
 from filelock import FileLock, Timeout
 
 from duovsr.engine.blend import Tail
+from duovsr.engine.ended import Ended, ended_before, mark_ended
+from duovsr.engine.identity import difference
 from duovsr.engine.plan import Plan
 from duovsr.engine.run import States
 from duovsr.errors import Remark, UsageError
@@ -27,10 +29,11 @@ from duovsr.model.tiny_vae import VAEState
 from duovsr.model.transformer import TransformerState
 from duovsr.video.encoder import VideoEncoder
 from duovsr.video.mux import Piece
-from duovsr.video.output import PUBLISHING, disk_errors, fsync, fsync_folder, job_folder, stamp
+from duovsr.video.output import ENDED, PUBLISHING, disk_errors, fsync, fsync_folder, job_folder, stamp
 
 # What a job writes, in the order in which it goes: what is left without the record is not taken for unfinished work.
 _WORK = (PUBLISHING, "job.json", "journal.jsonl", "piece_*.mkv", "state_*.pt", "*.part")
+_ABOUT = ("owner", "lock", ENDED)  # go after it: the mark tells that a job has ended until nothing else is left
 _STATES_KEPT = 2  # the last is for going on, the one before in case the last piece turns out to be damaged
 
 
@@ -55,14 +58,25 @@ class Job:
     both, counts if it has its own sha256, a line of the journal if it begins with its own, and a piece if its size and
     sha256 are those of its line. Without the record the work begins anew. Leaving the context keeps the folder if it
     holds a piece, unless the work is one that cannot be gone on with, not `resumable`, which has no record either.
+    Where a job was stopped while it deleted the folder, and was the same in all that the output depends on, which is
+    `beside` too, `ended` is what it did, and leaving deletes the rest.
     """
 
     def __init__(
-        self, destination: Path, identity: dict[str, Any], plan: Plan, *, restart: bool, resumable: bool = True
+        self,
+        destination: Path,
+        identity: dict[str, Any],
+        plan: Plan,
+        *,
+        beside: Sequence[object] = (),
+        restart: bool,
+        resumable: bool = True,
     ) -> None:
         self._resumable = resumable
         self.folder = job_folder(destination)
         self.plan = plan
+        self.ended: Ended | None = None
+        self._whole = {**identity, "beside": beside}
         self._destination = destination
         self._entries: dict[int, _Entry] = {}
         self._redo: set[int] = set()
@@ -97,7 +111,7 @@ class Job:
             self._clear_partial()  # it may be what fills the disk
             return
         self._clear()
-        for name in ("owner", "lock"):
+        for name in _ABOUT:
             (self.folder / name).unlink(missing_ok=True)
         with suppress(OSError):  # something else lies in it
             self.folder.rmdir()
@@ -169,12 +183,14 @@ class Job:
                 os.fsync(stamps.fileno())
             fsync_folder(self.folder)
 
-    def remove(self) -> None:
+    def end(self, frames: int, notices: list[str]) -> None:
         """The target is in place: nothing of the job is of use."""
+        if self._resumable:
+            mark_ended(self._destination, self._whole, Ended(frames, notices))
         self._entries.clear()
 
     def _check_no_folders(self) -> None:
-        for path in (path for pattern in ("owner", "lock", *_WORK) for path in self.folder.glob(pattern)):
+        for path in (path for pattern in (*_ABOUT, *_WORK) for path in self.folder.glob(pattern)):
             if path.is_dir():
                 raise UsageError(f"unfinished work would need a file named `{path}`", hint="move the folder away")
 
@@ -192,10 +208,17 @@ class Job:
 
     def _open(self, identity: dict[str, Any], restart: bool) -> None:
         record = self.folder / "job.json"
+        if (self.folder / ENDED).exists():
+            if self._resumable and not restart:
+                self.ended = ended_before(self._destination, self._whole)
+            if self.ended is not None:
+                return
+            self._clear()
+            (self.folder / ENDED).unlink()
         known = _read_record(record)
         if known is not None and not restart:
             if known.get("identity") != identity:
-                changed = _difference(known["identity"], identity)
+                changed = difference(known["identity"], identity)
                 raise UsageError(
                     f"an unfinished job for `{self._destination}` had another {changed}",
                     hint="use --restart to begin anew, or repeat the command that began it",
@@ -316,15 +339,3 @@ def _read_record(path: Path) -> dict[str, Any] | None:
 
 def _digest(content: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
-
-
-def _difference(known: dict[str, Any], identity: dict[str, Any]) -> str:
-    """The names of what is not the same, as `source` or `options.seed`."""
-    names = []
-    for key in sorted(known.keys() | identity.keys()):
-        old, new = known.get(key), identity.get(key)
-        if isinstance(old, dict) and isinstance(new, dict):
-            names += [f"{key}.{part}" for part in sorted(old.keys() | new.keys()) if old.get(part) != new.get(part)]
-        elif old != new:
-            names.append(key)
-    return ", ".join(names)

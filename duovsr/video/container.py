@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from av.container import InputContainer
 from av.stream import Disposition, Stream
 from av.video.stream import VideoStream
 
-from duovsr.errors import InputError, UsageError
+from duovsr.errors import DuovsrError, InputError, UsageError
 from duovsr.options import PIPE
 
 _CLOCK_RATE = 1000  # frames a second
@@ -128,3 +129,15 @@ def _unreadable(path: Path) -> InputError:
             hint = "the recording was probably cut off before it was finished; a repair tool may rebuild the index"
             return InputError(f"no usable index (moov) in `{path}`", hint=hint)
     return InputError(f"not a video, or damaged beyond reading: `{path}`")
+
+
+@contextmanager
+def ffmpeg_errors(destination: Path) -> Iterator[None]:
+    """What is expected nowhere else, such as an encoder that gives up in mid-clip, in one line."""
+    try:
+        yield
+    except av.error.FFmpegError as error:
+        if isinstance(error, MemoryError):
+            raise
+        message = f"FFmpeg failed on the way to `{destination}`: {error.strerror} ({error.filename})"
+        raise DuovsrError(message, hint="memory may be short; or try another --codec") from error

@@ -17,6 +17,7 @@ from duovsr.video.images import image_files, is_pattern, is_sequence, numbered_n
 CONTAINERS: dict[str, str] = {".mp4": "mp4", ".mkv": "matroska", ".mov": "mov", ".webm": "webm"}
 JOB_SUFFIX = ".duovsr"  # of the folder beside a target that holds its unfinished work
 PUBLISHING = "publishing"  # in that folder: the stamps of finished files that have their names, or were about to
+ENDED = "ended"  # what that file becomes once they all have: the rest of the folder is only to be deleted
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp")
 
 
@@ -135,8 +136,10 @@ def is_stamped(path: Path, stamps: frozenset[str]) -> bool:
 
 def stamps_left(destination: Path) -> frozenset[str]:
     """Of the files that a job, stopped before its end, had named or was about to. What is damaged matches no file."""
-    mark = job_folder(destination) / PUBLISHING
-    return frozenset(mark.read_text(errors="replace").splitlines() if os.path.isfile(mark) else ())
+    marks = [job_folder(destination) / name for name in (PUBLISHING, ENDED)]
+    return frozenset(
+        line for mark in marks if os.path.isfile(mark) for line in mark.read_text(errors="replace").splitlines()
+    )
 
 
 def is_left_behind(destination: Path) -> bool:

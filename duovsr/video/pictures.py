@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -12,13 +12,14 @@ import av
 from av.video.frame import VideoFrame
 from av.video.reformatter import VideoReformatter
 
-from duovsr.errors import Remark
+from duovsr.errors import Remark, UsageError
 from duovsr.video.color import bit_depth
 from duovsr.video.images import is_pattern, numbered_files, numbered_name
 from duovsr.video.output import disk_errors, fsync, fsync_folder, give_name, is_stamped, stamps_left
 
 if TYPE_CHECKING:  # it imports `codecs`, which asks here what a format can hold
     from duovsr.video.mux import Piece
+    from duovsr.video.reader import Frame
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,15 @@ FORMATS: dict[str, PictureFormat] = {
     ".jpeg": _JPEG,
 }
 _OPTIONS = {"libwebp": {"lossless": "0", "quality": "95"}, "mjpeg": {"q": "2", "qmin": "1"}}
+
+
+def only_one(frames: Iterable[Frame], target: Path) -> Iterator[Frame]:
+    """The only one of `frames`. A second one raises `UsageError`: before it is read nobody can be sure."""
+    for number, frame in enumerate(frames):
+        if number > 0:
+            hint = "write a pattern such as frames/%05d.png, or a video"
+            raise UsageError(f"a clip does not fit one image: `{target}`", hint=hint)
+        yield frame
 
 
 def write_picture(pieces: Sequence[Piece], partial: Path, target: Path, aspect: Fraction | None) -> None:
