@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -167,6 +168,26 @@ def test_a_folder_is_upscaled_and_one_bad_file_stops_nothing(
     assert run("upscale", folder, out, "--scale", 1, "--recursive") == 0
     assert run.err.splitlines()[-1] == "3 skipped"
     assert (out / "a.mp4").stat().st_mtime_ns == before
+
+
+def test_a_folder_below_that_cannot_be_read_is_one_failure(
+    run: Run, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_clip(folder / "a.mp4")
+    (folder / "lost+found").mkdir()
+    iterdir = Path.iterdir
+
+    def refuse(path: Path) -> Iterator[Path]:  # root may read all
+        if path.name == "lost+found":
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return iterdir(path)
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    assert run("upscale", folder, tmp_path / "out", "--scale", 1, "--recursive", "--json") == 1
+    good, bad = json.loads(run.out)["files"]
+    assert (good["status"], bad["status"]) == ("done", "failed")
+    assert bad["reason"] == f"cannot read the folder `{folder / 'lost+found'}`: Permission denied"
+    assert [path.name for path in (tmp_path / "out").rglob("*")] == ["a.mp4"]
 
 
 def test_overwrite_makes_finished_outputs_again(run: Run, folder: Path, tmp_path: Path) -> None:

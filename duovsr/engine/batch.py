@@ -65,8 +65,8 @@ def is_batch(source: Path, selection: Selection) -> bool:
 def find_items(source: Path, destination: Path, selection: Selection) -> list[Item]:
     """The files of the folder `source`, in natural order (2 before 10), and their places in the folder `destination`.
 
-    Hidden files, job folders and what is in `destination` are left out. Raises `UsageError`, or `InputError` if there
-    is nothing. Touches nothing.
+    Hidden files, job folders and what is in `destination` are left out; a folder below `source` that cannot be read is
+    an item, which fails. Raises `UsageError`, or `InputError` if there is nothing. Touches nothing.
     """
     _check_folders(source, destination)
     if Path(f"x{selection.suffix}").name != f"x{selection.suffix}":
@@ -74,7 +74,8 @@ def find_items(source: Path, destination: Path, selection: Selection) -> list[It
     items = []
     for path in _clips(source, destination, selection):
         place = destination / path.relative_to(source)
-        items.append(Item(path, place.with_name(output_name(path.name, selection.suffix))))
+        name = path.name if os.path.isdir(path) else output_name(path.name, selection.suffix)
+        items.append(Item(path, place.with_name(name)))
     if not items:
         wanted = "videos" if selection.pattern is None else f"videos or images named `{selection.pattern}`"
         hint = None if selection.recursive else "use --recursive to look into its folders, too"
@@ -119,6 +120,8 @@ def upscale_items(
         if report_progress is not None:
             report_progress(Progress(0, None))
         try:
+            if os.path.isdir(item.source):
+                listed(item.source)
             with disk_errors(item.target):
                 item.target.parent.mkdir(parents=True, exist_ok=True)
             report = upscaler.upscale_file(item.source, item.target, options, report_progress, should_stop)
@@ -142,15 +145,22 @@ def _check_folders(source: Path, destination: Path) -> None:
         raise UsageError(f"the target folder is the source folder: `{source}`", hint="name another folder")
 
 
-def _clips(folder: Path, destination: Path, selection: Selection) -> Iterator[Path]:
+def _clips(folder: Path, destination: Path, selection: Selection, *, is_below: bool = False) -> Iterator[Path]:
     suffixes = VIDEO_SUFFIXES if selection.pattern is None else VIDEO_SUFFIXES | IMAGE_SUFFIXES
-    for path in sorted(listed(folder), key=natural_order):
+    try:
+        paths = sorted(listed(folder), key=natural_order)
+    except InputError:
+        if not is_below:
+            raise
+        yield folder
+        return
+    for path in paths:
         if path.name.startswith(".") or path.name.endswith(JOB_SUFFIX):
             continue
         if os.path.isdir(path):
             is_target = os.path.isdir(destination) and path.samefile(destination)
             if selection.recursive and not path.is_symlink() and not is_target:  # links may lead in a circle
-                yield from _clips(path, destination, selection)
+                yield from _clips(path, destination, selection, is_below=True)
         elif path.suffix.lower() in suffixes and (selection.pattern is None or fnmatch(path.name, selection.pattern)):
             yield path
 
