@@ -278,6 +278,13 @@ def test_eval_measures_against_a_truth(run: Run, tmp_path: Path) -> None:
     flags = ["--metric", "psnr_y", "--metric", "ssim_y", "--json"]
     assert run("eval", tmp_path / "out", "--ref", tmp_path / "gt", *flags) == 0
     assert json.loads(run.out)["means"]["ssim_y"] == pytest.approx(1)
+    for folder in ("out", "gt"):
+        (tmp_path / folder / "b.mkv").write_text("not a video")
+    assert run("eval", tmp_path / "out", "--ref", tmp_path / "gt", *flags) == 1
+    assert json.loads(run.out)["means"]["ssim_y"] == pytest.approx(1)
+    assert run.err.splitlines()[-1].startswith(f"failed: {tmp_path / 'out' / 'b.mkv'}: not a video")
+    assert run("eval", tmp_path / "out", "--ref", tmp_path / "gt", *flags[:-1]) == 1
+    assert "mean of 1 of 2 clips" in run.out
     (tmp_path / "gt" / "a.mkv").unlink()
     assert run("eval", tmp_path / "out", "--ref", tmp_path / "gt", *flags) == 3
 

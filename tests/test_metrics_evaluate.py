@@ -132,6 +132,21 @@ def test_clips_that_do_not_match_are_named(
         evaluate(output, **{kind: reference}, metrics=())
 
 
+def test_a_clip_that_cannot_be_measured_does_not_cost_the_others(two_folders: tuple[Path, Path]) -> None:
+    output, ref = two_folders
+    for name, count in (("c", 1), ("d", 2), ("e", 2)):
+        save(ref / f"{name}.avi", pictures(2))
+        save(output / f"{name}.mkv", pictures(count))
+    (output / "b.mkv").write_text("not a video")
+    save(output / "d.mkv", pictures(2, 48, 66))
+    report = evaluate(output, ref=ref, metrics=FAST)
+    assert [clip.name for clip in report.clips] == ["a", "e"]
+    assert report.means["psnr_y"] == pytest.approx(fmean(clip.scores["psnr_y"] for clip in report.clips))
+    assert list(report.failed) == [str(output / f"{name}.mkv") for name in "bcd"]
+    for reason, words in zip(report.failed.values(), ("not a video", "ends after 1 frames", "66x48"), strict=True):
+        assert words in reason
+
+
 def test_clips_without_partner_are_named(two_folders: tuple[Path, Path]) -> None:
     output, ref = two_folders
     save(ref / "c.mkv", pictures(1))

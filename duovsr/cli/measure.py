@@ -87,7 +87,9 @@ def evaluate_command(
         say(f"note: {notice}")
     for name, reason in report.skipped.items():
         say(f"skipped: {name}: {reason}")
-    if any(clip.warnings for clip in report.clips):
+    for name, reason in report.failed.items():
+        say(f"failed: {name}: {reason}")
+    if report.failed or any(clip.warnings for clip in report.clips):
         raise typer.Exit(EXIT_WARNINGS)
 
 

@@ -113,7 +113,9 @@ def show_scores(report: Report) -> None:
     table = Table("clip", *report.means)
     for clip in report.clips:
         table.add_row(clip.name, *(_score(clip.scores.get(name)) for name in report.means))
-    table.add_row("mean", *map(_score, report.means.values()))
+    every = len(report.clips) + len(report.failed)
+    label = f"mean of {len(report.clips)} of {every} clips" if report.failed else "mean"
+    table.add_row(label, *map(_score, report.means.values()))
     with to_stdout():
         Console(emoji=False, markup=False).print(table)
 

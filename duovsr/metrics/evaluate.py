@@ -108,8 +108,8 @@ def evaluate(
     does not grow with a clip's length.
 
     A metric that a missing package, or a clip too small or too short, leaves without a value is in `skipped` with the
-    reason. Raises `UsageError` for arguments that do not fit, `InputError` for clips that cannot be read, have no
-    partner or differ in size or length.
+    reason; a clip that cannot be read, or differs in size or length from its reference, is in `failed`. Raises
+    `UsageError` for arguments that do not fit, `InputError` for clips without partner, and where none can be measured.
     """
     kind: ReferenceKind = "ref" if ref is not None else "lq"
     reference = ref if ref is not None else lq
@@ -121,10 +121,17 @@ def evaluate(
     usable, skipped = _usable(selected, tools)
 
     clips: list[ClipScores] = []
+    failed: dict[str, InputError] = {}
     for pair in pairs:
-        clips.append(_measure(pair, kind, {name: metric.start(tools) for name, metric in usable.items()}))
+        try:
+            clips.append(_measure(pair, kind, {name: metric.start(tools) for name, metric in usable.items()}))
+        except InputError as error:
+            failed[str(pair.output)] = error
+            continue
         if on_clip is not None:
             on_clip(clips[-1])
+    if not clips:
+        raise next(iter(failed.values()))
     for clip in clips:
         for name, reason in clip.skipped.items():
             skipped.setdefault(name, f"`{clip.output}`: {reason}")
@@ -133,6 +140,7 @@ def evaluate(
         clips=tuple(clips),
         means={name: fmean(clip.scores[name] for clip in clips) for name in usable if name not in skipped},
         skipped=skipped,
+        failed={name: _sentence(error) for name, error in failed.items()},
         conventions={name: metric.convention for name, metric in selected.items()},
         versions=_versions(),
         flow_source=_FLOW_SOURCES[kind] if usable.keys() & {"ewarp_dis", "ewarp_dis_lq"} else None,

@@ -32,7 +32,8 @@ class ClipScores:
 
 @dataclass(frozen=True)
 class Report:
-    """All clips, and the `means` over them of every metric that has a score on each; `skipped` has the other metrics.
+    """All clips that could be measured, and the `means` over them of every metric that has a score on each; `skipped`
+    has the other metrics, `failed` the other clips, with the reasons.
 
     `conventions` says how each metric is defined here; `versions` names the packages that computed; `flow_source` is
     where the motion of E_warp came from; `niqe_parameters_sha256` identifies NIQE's parameter file.
@@ -42,6 +43,7 @@ class Report:
     clips: tuple[ClipScores, ...]
     means: dict[str, float]
     skipped: dict[str, str]
+    failed: dict[str, str]
     conventions: dict[str, str]
     versions: dict[str, str]
     flow_source: str | None
