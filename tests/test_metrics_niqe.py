@@ -110,6 +110,7 @@ def test_the_hub_is_asked_after_its_cache(tmp_path: Path, monkeypatch: pytest.Mo
         return str(path)
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", lambda url: None)
     torch.testing.assert_close(load_parameters().mean, MADE_UP.mean)
     source = ("chaofengc/IQA-PyTorch-Weights", "niqe_modelparameters.mat")
     assert asked == [(*source, True), (*source, False)]
@@ -120,6 +121,7 @@ def test_without_a_network_the_way_out_is_named(monkeypatch: pytest.MonkeyPatch)
         raise LocalEntryNotFoundError("offline")
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", lambda url: download(url, ""))
     with pytest.raises(Unmeasurable, match="cannot be downloaded") as caught:
         load_parameters()
     assert "local copy" in (caught.value.hint or "")

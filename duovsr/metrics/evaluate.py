@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import metadata
@@ -117,21 +118,21 @@ def evaluate(
         raise UsageError("one reference is needed", hint="use either `--ref` or `--lq`")
     selected = _select(REF_METRICS if kind == "ref" else LQ_METRICS, metrics)
     pairs = pair_clips(output, reference)
+    failed: dict[str, InputError] = {}
+    for pair in pairs:  # before the network is asked for anything
+        with _noted(failed, pair):
+            _check(pair, kind)
+    _check_some_left(pairs, failed)
     tools = _Tools(niqe_parameters)
     usable, skipped = _usable(selected, tools)
 
     clips: list[ClipScores] = []
-    failed: dict[str, InputError] = {}
-    for pair in pairs:
-        try:
+    for pair in (pair for pair in pairs if str(pair.output) not in failed):
+        with _noted(failed, pair):
             clips.append(_measure(pair, kind, {name: metric.start(tools) for name, metric in usable.items()}))
-        except InputError as error:
-            failed[str(pair.output)] = error
-            continue
-        if on_clip is not None:
-            on_clip(clips[-1])
-    if not clips:
-        raise next(iter(failed.values()))
+            if on_clip is not None:
+                on_clip(clips[-1])
+    _check_some_left(pairs, failed)
     for clip in clips:
         for name, reason in clip.skipped.items():
             skipped.setdefault(name, f"`{clip.output}`: {reason}")
@@ -146,6 +147,24 @@ def evaluate(
         flow_source=_FLOW_SOURCES[kind] if usable.keys() & {"ewarp_dis", "ewarp_dis_lq"} else None,
         niqe_parameters_sha256=tools.niqe.sha256 if "niqe" in usable else None,
     )
+
+
+@contextmanager
+def _noted(failed: dict[str, InputError], pair: ClipPair) -> Iterator[None]:
+    try:
+        yield
+    except InputError as error:
+        failed[str(pair.output)] = error
+
+
+def _check_some_left(pairs: Collection[ClipPair], failed: dict[str, InputError]) -> None:
+    if len(failed) == len(pairs):
+        raise next(iter(failed.values()))
+
+
+def _check(pair: ClipPair, kind: ReferenceKind) -> None:
+    with VideoReader(pair.output) as output, VideoReader(pair.reference) as reference:
+        _check_sizes(pair, kind, output, reference)
 
 
 def _select(available: dict[str, Metric], names: Collection[str] | None) -> dict[str, Metric]:

@@ -13,6 +13,7 @@ import zipfile
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -136,16 +137,18 @@ def _shape_table() -> tuple[Tensor, Tensor]:
 
 
 def _from_hub() -> Path:
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
+    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
+    network_error: Any = HfHubHTTPError.__bases__[0]  # the HTTP client's, which is another with each major version
     try:  # a cached copy needs no network
         return Path(hf_hub_download(HUB_REPO, HUB_FILE, local_files_only=True))
     except LocalEntryNotFoundError:
         pass
     try:
+        get_hf_file_metadata(hf_hub_url(HUB_REPO, HUB_FILE))  # once; the download asks for half a minute
         return Path(hf_hub_download(HUB_REPO, HUB_FILE))
-    except OSError as error:
+    except (OSError, network_error) as error:
         raise Unmeasurable(
             f"NIQE parameters cannot be downloaded: `{HUB_REPO}/{HUB_FILE}`",
             hint="give `--niqe-parameters` a local copy: `niqe_pris_params.npz` or `niqe_modelparameters.mat`",
