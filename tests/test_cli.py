@@ -176,6 +176,18 @@ def test_a_refusal_comes_before_the_model_is_loaded(run: Run, tmp_path: Path, mo
     run.fails(2, "--codec is for videos", "upscale", source, tmp_path / "%d.png", "--codec", "ffv1")
 
 
+@pytest.mark.parametrize("flags", [[], ["--dry-run"]])
+def test_pieces_and_images_that_cannot_be_are_refused_before_the_model_is_loaded(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: list[str]
+) -> None:
+    monkeypatch.setattr(Upscaler, "from_preset", classmethod(lambda *_, **__: pytest.fail("loaded")))
+    source = write_clip(tmp_path / "in.mp4")
+    for start in ("50f", "3"):
+        run.fails(2, "starts after the end", "upscale", source, tmp_path / "out.mp4", "--start", start, *flags)
+    run.fails(2, "does not fit one image", "upscale", source, tmp_path / "out.png", *flags)
+    run.fails(2, "does not fit one image", "upscale", source, tmp_path / "out.png", "--start", "10f", *flags)
+
+
 def test_images_become_a_video_at_the_rate_that_is_asked_for(run: Run, tmp_path: Path) -> None:
     run("upscale", write_clip(tmp_path / "in.mp4"), tmp_path / "%02d.png", "--scale", 1, "--end", "5f")
     assert run("upscale", tmp_path / "%02d.png", tmp_path / "out.mkv", "--scale", 1, "--fps", "30000/1001") == 0, (

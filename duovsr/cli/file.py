@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -77,14 +78,19 @@ def _closed_pipe() -> Iterator[None]:
 def _look(source: Path, target: Target, options: UpscaleOptions) -> VideoInfo:
     """What the source is. Raises InputError for what is not a video, UsageError for what cannot be made of it."""
     from duovsr.video.codecs import encoding_for
+    from duovsr.video.pictures import only_one
     from duovsr.video.reader import VideoReader
 
     with VideoReader(
         source, start=options.start, end=options.end, frame_rate=options.frame_rate, decoder=options.decoder
     ) as reader:
         info = reader.info
-    size = options.target_size(info.width, info.height)
-    encoding_for(target, info, size, options)
+        encoding_for(target, info, options.target_size(info.width, info.height), options)
+        frames = info.frames_between(options.start, options.end)
+        is_image = target.kind == "image"
+        if frames == 0 or (is_image and frames != 1):  # an estimate: reading tells
+            for _ in islice(only_one(reader, target.path) if is_image else reader, 2):
+                continue
     return info
 
 
