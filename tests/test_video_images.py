@@ -155,6 +155,16 @@ def test_missing_numbers_leave_their_time_empty(tmp_path: Path) -> None:
     assert probe(path).num_frames == 4
 
 
+def test_only_numbers_inside_a_piece_are_missing(tmp_path: Path) -> None:
+    write_images(tmp_path / "in", ["3.png", "4.png", "7.png", "9.png"])
+    path = tmp_path / "in" / "%d.png"
+    for start, end, expected in ((0, 2, []), (2, 3, []), (0, 3, ["2 images"]), (1, 4, ["3 images"])):
+        with VideoReader(path, start=Position(frame=start), end=Position(frame=end)) as reader:
+            assert len(list(reader)) == end - start
+        notice = f"missing of `{path}`: {{}}; a video shows those before longer"
+        assert reader.notices == [notice.format(images) for images in expected]
+
+
 def test_a_folder_is_a_clip_in_the_order_of_names(tmp_path: Path) -> None:
     names = ["b1.png", "b2.PNG", "b10.png", "c.bmp"]
     write_images(tmp_path / "frames", names)

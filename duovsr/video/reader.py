@@ -101,12 +101,17 @@ class VideoReader:
         pictures = self._placed()
         if self._deinterlace:
             pictures = deinterlaced(pictures, self.info.time_base)
-        empty = True
+        first: int | None = None
+        last = 0
         for picture in self._wanted(pictures):
-            yield self._frame(picture)
-            empty = False
-        if empty:
+            frame = self._frame(picture)
+            first, last = frame.pts if first is None else first, frame.pts
+            yield frame
+        if first is None:
             raise self._no_frame()
+        if missing := self._source.missing(first, last):
+            images = counted(missing, "image")
+            self.notices.append(f"missing of `{self.info.path}`: {images}; a video shows those before longer")
         self.notices += [*self._source.notices, *self._findings()]
 
     @property

@@ -17,7 +17,7 @@ from av.video.stream import VideoStream
 
 from duovsr.errors import InputError, Remark, UsageError
 from duovsr.options import PIPE
-from duovsr.video.container import average_rate, codec_name, counted, has_times, label_of, main_video, open_input
+from duovsr.video.container import average_rate, codec_name, has_times, label_of, main_video, open_input
 from duovsr.video.images import is_sequence, numbered_files
 from duovsr.video.sidedata import SideData
 from duovsr.video.transport import Losses, losses
@@ -55,6 +55,10 @@ class Source(ABC):
     def is_incomplete(self, count: int) -> bool:
         """Whether, after all `count` pictures, something is missing that gave no other sign."""
         return False
+
+    def missing(self, first: int, last: int) -> int:
+        """How many pictures' places between those of two pts are empty, as their numbers tell."""
+        return 0
 
     @abstractmethod
     def close(self) -> None:
@@ -266,9 +270,6 @@ class ImageSource(Source):
         self.duration = (last - self._first + 1) / frame_rate
         self.sample_aspect_ratio = None
         self.codec = "unknown codec"
-        missing = last - self._first + 1 - len(self._files)
-        if missing:
-            self.notices.append(f"missing of `{path}`: {counted(missing, 'image')}; a video shows those before longer")
 
     def pictures(self) -> Iterator[av.VideoFrame]:
         size: tuple[int, int] | None = None
@@ -285,6 +286,10 @@ class ImageSource(Source):
                 raise InputError(message, hint="images of one sequence have one size")
             picture.pts, picture.time_base = number - self._first, self.time_base
             yield picture
+
+    def missing(self, first: int, last: int) -> int:
+        there = sum(first <= number - self._first <= last for number, _ in self._files)
+        return last - first + 1 - there
 
     def close(self) -> None:
         """No file is open between two pictures."""
