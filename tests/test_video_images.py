@@ -155,6 +155,17 @@ def test_missing_numbers_leave_their_time_empty(tmp_path: Path) -> None:
     assert probe(path).num_frames == 4
 
 
+def test_more_bits_than_the_first_image_has_are_told(tmp_path: Path) -> None:
+    write_images(tmp_path / "in", ["1.png", "3.png"])
+    deep = Clip(pts=(0,), codec="png", pix_fmt="rgb48be", pictures=[picture(1, SIZE, np.uint16)])
+    write_clip(tmp_path / "in" / "2.png", deep, "image2")
+    frames, notices = read(tmp_path / "in")
+    assert [frame.pixels.dtype for frame in frames] == [np.uint8] * 3
+    assert notices == ["the 16 bits of later frames are not kept: the first has 8"]
+    (tmp_path / "in" / "1.png").unlink()
+    assert read(tmp_path / "in")[1] == []
+
+
 def test_only_numbers_inside_a_piece_are_missing(tmp_path: Path) -> None:
     write_images(tmp_path / "in", ["3.png", "4.png", "7.png", "9.png"])
     path = tmp_path / "in" / "%d.png"

@@ -15,7 +15,7 @@ import numpy as np
 
 from duovsr.errors import InputError, Remark, UsageError
 from duovsr.options import Decoder, Position
-from duovsr.video.color import ColorTags, FrameToRgb, decoding_tags, picture_tags
+from duovsr.video.color import ColorTags, FrameToRgb, bit_depth, decoding_tags, picture_tags
 from duovsr.video.container import counted
 from duovsr.video.deinterlace import deinterlaced
 from duovsr.video.info import describe, first_picture, has_alpha, has_fields
@@ -70,6 +70,7 @@ class VideoReader:
         self._start, self._end = start, end
         self._interlaced = self._damaged = self._rescaled = 0
         self._late_alpha = False
+        self._late_depth = 0
         self._not_kept: dict[str, None] = {}
         self._source = open_source(path, frame_rate) if decoder == "software" else NvdecSource(path, frame_rate)
         try:
@@ -163,6 +164,8 @@ class VideoReader:
             self._orientation = SideData(picture).orientation
         if (form := _form(picture)) != self._form:
             self._form, self._to_rgb = form, self._converter(picture)
+            if not self._interlaced:  # bwdif brings some to a deeper format
+                self._late_depth = max(self._late_depth, min(bit_depth(picture.format), 16))
         # Of palettes the form does not tell.
         self._late_alpha = self._late_alpha or (not self.info.has_alpha and has_alpha(picture, self.info.codec))
         self._rescaled += not self._source.stills and (picture.width, picture.height) != self._coded_size
@@ -194,6 +197,9 @@ class VideoReader:
             findings.append(f"the size changes in mid-stream: {rescaled} rescaled to {size}")
         if self._late_alpha:
             findings.append("transparency that begins after the first frame is not kept")
+        if self._late_depth > self.info.bit_depth:
+            first_has = f"the first has {self.info.bit_depth}"
+            findings.append(f"the {self._late_depth} bits of later frames are not kept: {first_has}")
         if self._timeline.misplaced:
             misplaced = counted(self._timeline.misplaced, "frame")
             findings.append(f"{misplaced} without a usable timestamp, placed after those before")
