@@ -213,8 +213,11 @@ def test_pipes_that_cannot_be_are_refused(run: Run, tmp_path: Path, monkeypatch:
     source = write_clip(tmp_path / "in.mp4")
     run.fails(2, "--json", "upscale", source, "-", "--json")
     run.fails(2, "--dry-run", "upscale", "-", tmp_path / "out.mp4", "--dry-run")
-    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
-    run.fails(2, "terminal", "upscale", source, "-")
+    with monkeypatch.context() as patch:
+        patch.setattr("sys.stdout.isatty", lambda: True)
+        run.fails(2, "terminal", "upscale", source, "-")
+    monkeypatch.setattr("sys.stdout", None)  # `>&-`
+    run.fails(4, "standard output is closed", "upscale", source, "-")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.mp4"]
 
 

@@ -59,6 +59,8 @@ def _check_pipes(source: Path, destination: Path, dry_run: bool, as_json: bool) 
         raise UsageError(
             "--json and the video would share standard output", hint="write to a file, or leave out --json"
         )
+    if sys.stdout is None:
+        raise DuovsrError("standard output is closed", hint="duovsr upscale ... - | ffplay -")
     if sys.stdout.isatty():
         raise UsageError("`-` would write the video to the terminal", hint="duovsr upscale ... - | ffplay -")
 
