@@ -136,6 +136,7 @@ def test_bad_folders_are_refused(run: Run, folder: Path, tmp_path: Path) -> None
     run.fails(2, "not `-`", "upscale", folder, "-")
     run.fails(2, "nowhere", "upscale", folder, tmp_path / "nowhere" / "out")
     run.fails(2, "suffix: `/x`", "upscale", folder, tmp_path / "out", "--suffix", "/x")
+    run.fails(2, "suffix: `%d.png`", "upscale", folder, tmp_path / "out", "--suffix", "%d.png")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "in"]
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 
 from duovsr.errors import DuovsrError, InputError, Interrupted, NoSpaceError, UsageError
 from duovsr.options import PIPE, Progress, UpscaleOptions
-from duovsr.video.images import IMAGE_SUFFIXES, VIDEO_SUFFIXES, is_sequence, listed, natural_order
+from duovsr.video.images import IMAGE_SUFFIXES, VIDEO_SUFFIXES, is_pattern, is_sequence, listed, natural_order
 from duovsr.video.output import CONTAINERS, JOB_SUFFIX, PICTURES, disk_errors, is_left_behind
 
 if TYPE_CHECKING:
@@ -71,6 +71,8 @@ def find_items(source: Path, destination: Path, selection: Selection) -> list[It
     _check_folders(source, destination)
     if Path(f"x{selection.suffix}").name != f"x{selection.suffix}":
         raise UsageError(f"unsupported suffix: `{selection.suffix}`", hint="use an ending of a name, such as _x4.mkv")
+    if is_pattern(destination / f"x{selection.suffix}"):  # of one clip's images, which nobody would find again
+        raise UsageError(f"unsupported suffix: `{selection.suffix}`", hint="a folder's clips become a file each")
     items = []
     for path in _clips(source, destination, selection):
         place = destination / path.relative_to(source)
