@@ -214,13 +214,13 @@ class UpscaleOptions:
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.scale) and 1 <= self.scale <= 4):
-            raise UsageError(f"unsupported scale: `{self.scale:g}`", hint="use a value from 1 to 4")
+            raise UsageError(f"unsupported scale: `{self.scale:.15g}`", hint="use a value from 1 to 4")
         if self.size is not None and min(self.size) < 1:
             raise UsageError(f"unsupported size: `{self.size[0]}x{self.size[1]}`", hint="use `--size WIDTHxHEIGHT`")
         if not 0 <= self.seed < 2**63:
             raise UsageError(f"unsupported seed: `{self.seed}`", hint="use a whole number from 0 to 2^63 - 1")
         if self.strength is not None and not 0 <= self.strength <= 1:
-            raise UsageError(f"unsupported strength: `{self.strength:g}`", hint="use a value from 0 to 1")
+            raise UsageError(f"unsupported strength: `{self.strength:.15g}`", hint="use a value from 0 to 1")
         if self.chunk is not None and self.chunk < 1:
             raise UsageError(f"unsupported chunk: `{self.chunk}`", hint="use a number of frames, 1 or more")
         if self.overlap is not None and self.overlap < 0:

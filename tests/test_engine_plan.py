@@ -135,6 +135,7 @@ def test_calls_that_no_kernel_can_index_are_refused() -> None:
     ("settings", "words"),
     [
         ({"scale": 4.5}, "scale: `4.5`"),
+        ({"scale": 4.0000001}, "scale: `4.0000001`"),
         ({"scale": float("nan")}, "scale: `nan`"),
         ({"size": (0, 5)}, "size: `0x5`"),
         ({"seed": -1}, "seed"),

@@ -107,8 +107,9 @@ class Upscaler:
         """Upscale frames as they come.
 
         `frames`: (H, W, 3) arrays or tensors, all of one size and type: uint8, uint16, or float32 in [0, 1]. Yields
-        the same kind at the target size, one for one. Memory does not grow with their number. Raises InputError
-        where a frame differs in size or type from the first, or has another type.
+        the same kind at the target size, one for one. Memory does not grow with their number. What `options` say of
+        files (`start`, `end`, codecs, sound) has no effect here. Raises InputError where a frame differs in size or
+        type from the first, or has another type.
         """
         options = options or UpscaleOptions()
         source = iter(frames)

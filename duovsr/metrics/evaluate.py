@@ -21,6 +21,7 @@ from duovsr.metrics.meter import FrameMeter, Meter, Pixels, Unmeasurable, resize
 from duovsr.metrics.pairs import ClipPair, pair_clips
 from duovsr.metrics.report import ClipScores, ReferenceKind, Report
 from duovsr.metrics.warping import DisFlow, WarpingMeter
+from duovsr.video.container import counted
 from duovsr.video.reader import Frame, VideoReader
 
 _PACKAGES = ("duovsr", "torch", "numpy", "av", "opencv-python-headless", "opencv-python", "vmaf-torch", "scipy")
@@ -232,7 +233,7 @@ def _lock_step(pair: ClipPair, output: VideoReader, reference: VideoReader) -> I
     for count, (judged, expected) in enumerate(zip_longest(output, reference)):
         if judged is None or expected is None:
             short, long = (pair.output, pair.reference) if judged is None else (pair.reference, pair.output)
-            raise InputError(f"`{short}` ends after {count} frames, but `{long}` goes on")
+            raise InputError(f"`{short}` ends after {counted(count, 'frame')}, but `{long}` goes on")
         yield _to_8_bit(judged.pixels), _to_8_bit(expected.pixels)
 
 

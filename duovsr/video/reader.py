@@ -215,7 +215,7 @@ class VideoReader:
         if self.window[1] is not None:
             return UsageError(f"no frame of `{self.info.path}` lies between start and end", hint=_PIECE_HINT)
         return UsageError(
-            f"the piece starts after the end of `{self.info.path}`", hint=f"it has {self.frames_read} frames"
+            f"the piece starts after the end of `{self.info.path}`", hint=f"it has {counted(self.frames_read, 'frame')}"
         )
 
 
