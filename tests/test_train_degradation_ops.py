@@ -198,6 +198,7 @@ def test_codecs_lose_detail_and_keep_the_frames(
     assert torch.equal(bad, again)
     errors = [(result - frames).abs().mean() for result in (good, bad)]
     assert errors[0] > 0.001
+    assert (good - frames).mean().abs() < 0.001, "no darker, no brighter: a model would learn to undo it"
     # Rate control hardly acts within five frames: see DegradationConfig.codec_control.
     assert errors[1] >= errors[0] if control == "bitrate" else errors[1] > 1.3 * errors[0]
     # Every decoded frame is nearest to its own source: none is lost, none out of place.

@@ -21,8 +21,10 @@ from torch import Generator, Tensor
 from torch.nn import functional as F
 
 from duovsr.errors import TrainError
+from duovsr.video.color import LIMITED, SMPTE170M, ColorTags, FrameToRgb, RgbToFrame
 
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as in JPEG and in OpenCV's conversion to gray
+_CODED = ColorTags(SMPTE170M, SMPTE170M, SMPTE170M, LIMITED)
 
 
 @dataclass(frozen=True)
@@ -241,12 +243,14 @@ def codec(frames: Tensor, settings: Codec) -> Tensor:
         stream.height, stream.width, stream.pix_fmt = padded.shape[2], padded.shape[3], "yuv420p"
         if settings.control == "bitrate":
             stream.bit_rate = settings.value
+        # As clips are read and written: swscale's quicker ways darken by 1 of 255, which a model would learn to undo.
+        to_frame, to_rgb = RgbToFrame(_CODED, "yuv420p"), FrameToRgb(_CODED, 8)
         for frame in padded:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(_to_uint8(frame), format="rgb24")))
+            container.mux(stream.encode(to_frame(_to_uint8(frame))))
         container.mux(stream.encode())
     buffer.seek(0)
     with av.open(buffer, "r") as encoded:
-        decoded = [frame.to_ndarray(format="rgb24") for frame in encoded.decode(video=0)]
+        decoded = [to_rgb(frame) for frame in encoded.decode(video=0)]
     assert len(decoded) == T
     return torch.stack([_from_uint8(frame) for frame in decoded])[:, :, :H, :W]
 
