@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from duovsr.engine.identity import digest_of
 from duovsr.errors import Remark
 from duovsr.video.images import image_files, is_pattern
 from duovsr.video.output import ENDED, PUBLISHING, disk_errors, fsync, fsync_folder, is_stamped, job_folder, stamps_left
@@ -28,7 +28,7 @@ def mark_ended(destination: Path, identity: dict[str, Any], ended: Ended) -> Non
     notices = [(notice, isinstance(notice, Remark)) for notice in ended.notices]
     with disk_errors(folder):
         with (folder / PUBLISHING).open("a") as stamps:
-            stamps.write(f"\n{json.dumps([_digest(identity), ended.frames, notices])}")
+            stamps.write(f"\n{json.dumps([digest_of(identity), ended.frames, notices])}")
         fsync(folder / PUBLISHING)
         os.replace(folder / PUBLISHING, folder / ENDED)
         fsync_folder(folder)
@@ -43,10 +43,6 @@ def ended_before(destination: Path, identity: dict[str, Any]) -> Ended | None:
         return None
     stamps = stamps_left(destination)
     in_place = sum(is_stamped(path, stamps) for path in image_files(destination) or [destination])
-    if digest != _digest(identity) or in_place < (frames if is_pattern(destination) else 1):
+    if digest != digest_of(identity) or in_place < (frames if is_pattern(destination) else 1):
         return None
     return Ended(frames, [Remark(notice) if is_remark else notice for notice, is_remark in notices])
-
-
-def _digest(identity: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(identity).encode()).hexdigest()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -48,6 +49,11 @@ def fingerprint(files: Sequence[Path]) -> str:
             file.seek(max(0, status.st_size - 2**20))
             digest.update(file.read())
     return digest.hexdigest()
+
+
+def digest_of(content: dict[str, Any]) -> str:
+    """The sha256 of what is written as JSON."""
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def difference(known: dict[str, Any], identity: dict[str, Any]) -> str:

@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 
 from duovsr.engine.blend import Tail
 from duovsr.engine.ended import Ended, ended_before, mark_ended
-from duovsr.engine.identity import difference
+from duovsr.engine.identity import difference, digest_of
 from duovsr.engine.plan import Plan
 from duovsr.engine.run import States
 from duovsr.errors import Remark, UsageError
@@ -234,7 +234,7 @@ class Job:
             self._clear()
             content = {"identity": identity, "plan": self.plan.to_json()}
             if self._resumable:
-                self._replace(record, json.dumps({"sha256": _digest(content), **content}, indent=1))
+                self._replace(record, json.dumps({"sha256": digest_of(content), **content}, indent=1))
         self._clear_partial()
 
     def _check_nothing_is_named(self) -> None:
@@ -332,10 +332,6 @@ def _read_record(path: Path) -> dict[str, Any] | None:
     try:
         content = json.loads(path.read_text())
         digest = content.pop("sha256")
-        return content if digest == _digest(content) else None
+        return content if digest == digest_of(content) else None
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return None
-
-
-def _digest(content: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
