@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from duovsr import Progress, UpscaleOptions, Upscaler
-from duovsr.engine import files, jobs
+from duovsr.engine import files
 from duovsr.errors import Interrupted, UsageError
 from tests.bicubic import bicubic
 from tests.clips import Clip, frame_hashes, write_clip
@@ -80,7 +80,7 @@ def test_a_plan_that_cannot_work_fails_and_does_not_wait(half: Path, clip: Path)
     """What goes wrong in the queues beside the model, as with text for their length, is told."""
     content = {name: value for name, value in read_record(half).items() if name != "sha256"}
     content["plan"]["chunk"] = "4"
-    (folder_of(half) / "job.json").write_text(json.dumps({"sha256": jobs._digest(content), **content}))
+    (folder_of(half) / "job.json").write_text(json.dumps({"sha256": digest_of(content), **content}))
     with pytest.raises(TypeError):
         bicubic().upscale_file(clip, half, OPTIONS)
 
