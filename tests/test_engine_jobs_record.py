@@ -11,6 +11,7 @@ import torch
 
 from duovsr import Progress, UpscaleOptions, Upscaler
 from duovsr.engine import files
+from duovsr.engine.identity import digest_of
 from duovsr.errors import Interrupted, UsageError
 from tests.bicubic import bicubic
 from tests.clips import Clip, frame_hashes, write_clip
