@@ -211,6 +211,7 @@ class RefineConfig(StageConfig):
     crop: int = 128
     discriminator_rate: float = 2e-4
     gradient_weight: float = 0.5
+    psnr_weight: float = 0.0  # of a dB
     ssim_weight: float = 0.4
     ssim_scales: int = 1  # full size, half, and so on
     detail_weight: float = 0.0  # sharper, at a cost in PSNR and steadiness

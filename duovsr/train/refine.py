@@ -24,6 +24,7 @@ from duovsr.train.losses import (
     hinge_generator_loss,
     luma_and_color,
     psnr,
+    psnr_loss,
     ssim_loss,
     temporal_loss,
 )
@@ -94,6 +95,7 @@ class Refinement:
         pair = luma_and_color(output), luma_and_color(hq)
         pixel = charbonnier(*pair)
         loss = pixel + config.gradient_weight * gradient_loss(*pair)
+        loss = loss + config.psnr_weight * psnr_loss(output, hq)
         structure = ssim_loss(output, hq, config.ssim_scales)
         loss = loss + config.ssim_weight * structure
         noted = {"pixel": pixel, "ssim_loss": structure, "psnr_gain": psnr(output, hq) - psnr(lq, hq)}
