@@ -6,8 +6,9 @@
 MODEL is a model folder or a run of `duovsr train`; POOL is made by `duovsr train pool --set validation=true`. Each
 `--share` adds a blend of the first two models, so much of the second (as `duovsr train export --set blend=`), each
 `--strength` the first model as `upscale --strength` runs it. Prints a line for each, and for the truth: means over the
-windows. `e_warp` above the truth's is flicker. VMAF is of the offline ranker, on five frames: compare within a table
-only. What goes on getting worse with time shows in long windows alone. (Needs OpenCV.)
+windows. `bias` is by how much the luma is too bright, of 219. `e_warp` above the truth's is flicker. VMAF is of the
+offline ranker, on five frames: compare within a table only. What goes on getting worse with time shows in long windows
+alone. (Needs OpenCV.)
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from statistics import fmean
 import numpy as np
 import torch
 
+from duovsr.metrics.fidelity import luma
 from duovsr.metrics.meter import Unmeasurable
 from duovsr.metrics.warping import DisFlow, WarpingMeter
 from duovsr.model.tiny_vae import TinyVAE
@@ -70,7 +72,7 @@ def scores(
     """Means over the first `windows` of the pool, of the truth where there is no `restore`; what cannot be measured is
     passed over.
     """
-    found: dict[str, list[float]] = {name: [] for name in (*(ranker.name for ranker in rankers), "e_warp")}
+    found: dict[str, list[float]] = {name: [] for name in (*(ranker.name for ranker in rankers), "bias", "e_warp")}
     for row in range(windows):
         window = pool.fixed(range(row, row + 1), SIDE, frames, CPU)
         draws = Draws.of(range(row, row + 1), seed=0, step=0, part=1, device=CPU)
@@ -78,6 +80,7 @@ def scores(
         meter = WarpingMeter(DisFlow())
         for frame, truth in zip(_pixels(output), _pixels(window.hq), strict=True):
             meter.update(frame, truth)
+            found["bias"].append((luma(frame) - luma(truth)).mean().item())
         with suppress(Unmeasurable):
             found["e_warp"].append(meter.mean())
         for ranker in rankers:
@@ -112,7 +115,7 @@ def main() -> None:
         restorers[f"strength {strength:g} of the first"] = restorer(candidates[str(args.models[0])], pool, strength)
     for name, restore in {**restorers, "truth": None}.items():
         line = ", ".join(
-            f"{key} {value:.3f}" for key, value in scores(restore, pool, rankers, args.windows, args.frames).items()
+            f"{key} {value:.4f}" for key, value in scores(restore, pool, rankers, args.windows, args.frames).items()
         )
         print(f"{name}: {line}", flush=True)
 
