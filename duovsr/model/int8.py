@@ -2,7 +2,8 @@
 
 They are the autoencoder's wide 3 x 3 convolutions and the linear layers of the transformer's blocks; the blocks' sums
 and what attention works on stay in the dtype that is computed with. The grids of the activations come from one pass
-over made-up pictures, with room to spare: the wider range costs less than a value beyond it.
+over made-up pictures, with room to spare: the wider range costs less than a value beyond it. What comes into a
+residual block of the autoencoder needs no room: where that is clamped, the sum with what it was still is not.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from duovsr.model.one_step import OneStepModel
 from duovsr.model.tiny_vae import MemoryBlock, ResBlock, TinyVAE
 from duovsr.model.transformer import Block, CrossAttention, SelfAttention
 
-_ROOM = 1.5  # grids reach so far beyond what the pictures give
+_ROOM = 1.5  # most grids reach so far beyond what the pictures give
 _FRAMES = Grid.over(-1.1, 1.1)  # with what resizing overshoots
 _SIDE = 96
 _SCALES = (4.0, 4.0, 1.5, 1.5)  # by which each picture is said to be enlarged
@@ -34,7 +35,8 @@ class Int8MemoryBlock(nn.Module):
         super().__init__()
         steps = seen.flatten(0, 1)
         first = convolve(steps, block.current, plus=convolve(steps, block.previous), relu=True)
-        inputs, middle, last = (_grid(x) for x in (steps, first, convolve(first, block.middle, relu=True)))
+        inputs = _grid(steps, room=1)
+        middle, last = (_grid(x) for x in (first, convolve(first, block.middle, relu=True)))
         both = torch.cat([block.current.weight, block.previous.weight], dim=1)
         self.first = Int8Convolution(both, block.current.bias, inputs, middle)
         self.middle = Int8Convolution(block.middle.weight, block.middle.bias, middle, last)
@@ -55,7 +57,7 @@ class Int8ResBlock(nn.Module):
     def __init__(self, block: ResBlock, seen: Tensor) -> None:
         super().__init__()
         middle = _grid(convolve(seen, block.first, relu=True))
-        self.first = Int8Convolution(block.first.weight, block.first.bias, _grid(seen), middle)
+        self.first = Int8Convolution(block.first.weight, block.first.bias, _grid(seen, room=1), middle)
         self.second = Int8Convolution(block.second.weight, block.second.bias, middle)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -135,8 +137,8 @@ def to_int8(model: OneStepModel) -> OneStepModel:
     return replace(model, digest=f"{model.digest} in 8 bits")  # other pixels: a job begun otherwise does not go on so
 
 
-def _grid(seen: Tensor) -> Grid:
-    return Grid.over(_ROOM * min(seen.min().item(), 0.0), _ROOM * max(seen.max().item(), 0.0))
+def _grid(seen: Tensor, room: float = _ROOM) -> Grid:
+    return Grid.over(room * min(seen.min().item(), 0.0), room * max(seen.max().item(), 0.0))
 
 
 def _inputs(model: OneStepModel, modules: list[nn.Module]) -> dict[nn.Module, Tensor]:
