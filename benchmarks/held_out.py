@@ -6,9 +6,9 @@
 MODEL is a model folder or a run of `duovsr train`; POOL is made by `duovsr train pool --set validation=true`. Each
 `--share` adds a blend of the first two models, so much of the second (as `duovsr train export --set blend=`), each
 `--strength` the first model as `upscale --strength` runs it. Prints a line for each, and for the truth: means over the
-windows. `bias` is by how much the luma is too bright, of 219. `e_warp` above the truth's is flicker. VMAF is of the
-offline ranker, on five frames: compare within a table only. What goes on getting worse with time shows in long windows
-alone. (Needs OpenCV.)
+windows. `bias` is by how much the luma is too bright, of 219. `e_warp` above the truth's is flicker, `net` a pattern
+that repeats every 8, 4 or 2 pixels (see `net`). VMAF is of the offline ranker, on five frames: compare within a table
+only. What goes on getting worse with time shows in long windows alone. (Needs OpenCV.)
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ from statistics import fmean
 
 import numpy as np
 import torch
+from torch.nn import functional as F
 
 from duovsr.metrics.fidelity import luma
 from duovsr.metrics.meter import Unmeasurable
 from duovsr.metrics.warping import DisFlow, WarpingMeter
-from duovsr.model.tiny_vae import TinyVAE
+from duovsr.model.tiny_vae import SPATIAL_FACTOR, TinyVAE
 from duovsr.options import PRESETS
 from duovsr.train.data import Frames, Pool
 from duovsr.train.distributed import World
@@ -72,6 +73,7 @@ def scores(
     """Means over the first `windows` of the pool, of the truth where there is no `restore`; what cannot be measured is
     passed over.
     """
+    spectra = []
     found: dict[str, list[float]] = {name: [] for name in (*(ranker.name for ranker in rankers), "bias", "e_warp")}
     for row in range(windows):
         window = pool.fixed(range(row, row + 1), SIDE, frames, CPU)
@@ -81,12 +83,37 @@ def scores(
         for frame, truth in zip(_pixels(output), _pixels(window.hq), strict=True):
             meter.update(frame, truth)
             found["bias"].append((luma(frame) - luma(truth)).mean().item())
+            spectra.append(power(luma(frame)))
         with suppress(Unmeasurable):
             found["e_warp"].append(meter.mean())
         for ranker in rankers:
             with suppress(Unmeasurable):
                 found[ranker.name].append(ranker(output, window.hq))
-    return {name: fmean(values) for name, values in found.items() if values}
+    means = {name: fmean(values) for name, values in found.items() if values}
+    return {**means, "net": net(torch.stack(spectra).mean(0))}
+
+
+def net(spectrum: torch.Tensor) -> float:
+    """Pictures' mean power (SIDE, SIDE) at multiples of 1/8 cycle a pixel, over the median of what lies 3 to 6 steps
+    of frequency around each: the mean of the 63 ratios. 1 where nothing repeats with the pixels that the autoencoder
+    computes together.
+    """
+    step, near = SIDE // SPATIAL_FACTOR, torch.arange(-6, 7)
+    around = torch.maximum(near[:, None].abs(), near.abs()) > 2
+    ratios = []
+    for y in range(0, SIDE, step):
+        for x in range(0, SIDE, step):
+            patch = spectrum[(y + near)[:, None] % SIDE, (x + near) % SIDE]
+            ratios.append((spectrum[y, x] / patch[around].median()).item())
+    return fmean(ratios[1:])  # the first is the mean of the picture itself
+
+
+def power(picture: torch.Tensor) -> torch.Tensor:
+    """Of the picture's contrast with its surroundings of 7 x 7, in units of theirs: nets show in flat parts."""
+    mean, square = F.avg_pool2d(torch.stack((picture, picture.square())), 7, stride=1, padding=3)
+    picture = (picture - mean) / ((square - mean.square()).clamp(min=0).sqrt() + 1)
+    fade = torch.hann_window(SIDE, dtype=picture.dtype)
+    return torch.fft.fft2(picture * fade[:, None] * fade).abs().square()
 
 
 def _pixels(frames: torch.Tensor) -> list[np.ndarray]:
@@ -114,10 +141,8 @@ def main() -> None:
     for strength in args.strength:
         restorers[f"strength {strength:g} of the first"] = restorer(candidates[str(args.models[0])], pool, strength)
     for name, restore in {**restorers, "truth": None}.items():
-        line = ", ".join(
-            f"{key} {value:.4f}" for key, value in scores(restore, pool, rankers, args.windows, args.frames).items()
-        )
-        print(f"{name}: {line}", flush=True)
+        found = scores(restore, pool, rankers, args.windows, args.frames)
+        print(f"{name}: {', '.join(f'{key} {value:.4f}' for key, value in found.items())}", flush=True)
 
 
 if __name__ == "__main__":

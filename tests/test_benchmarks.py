@@ -252,3 +252,18 @@ def test_help_measures_nothing(
         module.main()
     assert ended.value.code == 0
     assert (module.__doc__ or "").split(".")[0].split()[-1] in capsys.readouterr().out
+
+
+def test_a_net_shows_in_the_spectrum() -> None:
+    held_out = importlib.import_module("benchmarks.held_out")
+    generator = torch.Generator().manual_seed(0)
+    pattern = torch.zeros(8, 8, dtype=torch.float64)
+    pattern[3, 4] = 4
+
+    def net(amount: float) -> float:
+        noise = torch.randn(20, held_out.SIDE, held_out.SIDE, generator=generator, dtype=torch.float64)
+        pictures = 128 + 4 * noise + amount * pattern.repeat(held_out.SIDE // 8, held_out.SIDE // 8)
+        return held_out.net(torch.stack([held_out.power(picture) for picture in pictures]).mean(0))  # type: ignore[no-any-return]
+
+    assert 0.8 < net(0) < 1.2
+    assert net(1) > 2
