@@ -162,7 +162,8 @@ def export_repository(model: Model, out: Path) -> None:
     if (model.folder / readme.name).is_file():
         shutil.copyfile(model.folder / readme.name, readme)
     else:
-        readme.write_text(_README.format(title=out.resolve().name, preset=preset.name))
+        content = _README.format(title=out.resolve().name, preset=preset.name)
+        readme.write_text(content, encoding="utf-8", errors="surrogateescape")  # a folder's name may be any bytes
 
 
 def _cached_folder(reference: Reference) -> Path | None:

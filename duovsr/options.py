@@ -176,7 +176,7 @@ class Position:
     @classmethod
     def parse(cls, text: str) -> Position:
         """`90`, `90.5`, `1:30.5` and `0:01:30` are times, `2250f` is a frame. Raises UsageError."""
-        if text.endswith("f") and text[:-1].isdecimal():
+        if re.fullmatch(r"\d{1,9}f", text):
             return cls(frame=int(text[:-1]))
         if not re.fullmatch(r"(\d{1,9}:){0,2}\d{1,9}(\.\d{1,9})?", text, re.ASCII):
             hint = "write seconds (90.5), hours:minutes:seconds (0:01:30.5) or a frame (2250f)"

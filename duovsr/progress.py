@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections import deque
 
@@ -10,6 +11,13 @@ from rich.console import Console
 from duovsr.options import Progress
 
 stderr = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
+
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+
+
+def printable(text: str) -> str:
+    """`text` as one line that does what it says: names and tags of files may hold sequences that steer a terminal."""
+    return _CONTROL.sub("?", text)
 
 
 class Reporter:
@@ -52,14 +60,15 @@ class Reporter:
         if name != self._name:
             self._name, self._last = name, now
             self._recent.clear()
-            self._bar.reset(self._task, description=name)
+            self._bar.remove_task(self._task)  # `reset` would keep the total where the new one is unknown
+            self._task = self._bar.add_task(printable(name), total=None, fps=0.0)
         fps = self._speed(now, progress.done)
         self._bar.update(self._task, completed=progress.done, total=progress.total, fps=fps)
         if self._lines and now - self._last >= self.INTERVAL:
             self._last = now
             of = f" of {progress.total}" if progress.total else ""
             left = f", {max(0, progress.total - progress.done) / fps:.0f} s left" if progress.total and fps else ""
-            stderr.print(f"{name}: {progress.done}{of} frames, {fps:.2f} fps{left}", markup=False)
+            stderr.print(f"{printable(name)}: {progress.done}{of} frames, {fps:.2f} fps{left}", markup=False)
 
     def _speed(self, now: float, done: int) -> float:
         self._recent.append((now, done))

@@ -1,13 +1,17 @@
-"""Paths that the system refuses to look at: a line and an exit code, as for files that are not there."""
+"""Paths that the system refuses to look at, and input that is not to be trusted: a line and an exit code."""
 
 from __future__ import annotations
 
+import io
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from duovsr.cli.show import say
 from tests.bicubic import bicubic
 from tests.clips import Clip, write_clip
 from tests.command_line import Run, running
@@ -77,3 +81,30 @@ def test_forbidden_folders(run: Run, tmp_path: Path) -> None:
         run.fails(3, "cannot read the folder", "eval", secret, "--ref", secret)
     finally:
         secret.chmod(0o700)
+
+
+def test_a_closed_standard_input(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", None)
+    run.fails(2, "reads a video from a pipe", "upscale", "-", tmp_path / "out.mp4")
+
+
+def test_what_comes_through_a_pipe_names_no_other_file(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """FFmpeg would follow a playlist to the files of this machine, and open the ports that a description names."""
+    write_clip(tmp_path / "in.mp4")
+    monkeypatch.chdir(tmp_path)
+    playlist = io.BytesIO(b"ffconcat version 1.0\nfile 'in.mp4'\n")
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=playlist, isatty=lambda: False))
+    run.fails(3, "not a video", "upscale", "-", "out.mp4")
+
+
+@pytest.mark.parametrize("option", ["--size", "--tile", "--start"])
+def test_numbers_without_end(run: Run, tmp_path: Path, option: str) -> None:
+    value = {"--size": f"{'9' * 5000}x2", "--tile": "9" * 5000, "--start": f"{'9' * 5000}f"}[option]
+    run.fails(2, "unsupported", "upscale", write_clip(tmp_path / "in.mp4"), tmp_path / "out.mp4", option, value)
+
+
+def test_names_do_not_steer_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    say("error: no such file: `\x1b]0;title\x07\x9b31mred\nerror: another [bold]é.mp4`")
+    assert capsys.readouterr().err == "error: no such file: `?]0;title??31mred?error: another [bold]é.mp4`\n"

@@ -78,6 +78,14 @@ def test_every_kind_of_image(small_upscaler: Upscaler, tmp_path: Path, suffix: s
     assert set(FORMATS) == set(PICTURES)
 
 
+@pytest.mark.parametrize("target", ["out.webp", "%03d.webp"])
+def test_a_size_that_the_images_do_not_hold_is_refused_before_the_work(tmp_path: Path, target: str) -> None:
+    Image.new("RGB", (4096, 4)).save(tmp_path / "wide.png")
+    with pytest.raises(UsageError, match=r"\.webp holds no image of 16384x16") as caught:
+        bicubic().upscale_file(tmp_path / "wide.png", tmp_path / target, None, lambda _: pytest.fail("it worked"))
+    assert caught.value.hint == "use .png or .tif"
+
+
 def test_a_folder_of_images_is_a_clip_and_a_pattern_takes_one(small_upscaler: Upscaler, tmp_path: Path) -> None:
     pixels = write_images(tmp_path / "in", 6)
     (tmp_path / "out").mkdir()

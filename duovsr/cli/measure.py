@@ -17,7 +17,7 @@ def bench(
     clip: Annotated[
         Path | None, typer.Argument(metavar="[CLIP]", readable=False, help="Default: a synthetic 320x180 clip.")
     ] = None,
-    scale: Annotated[float, typer.Option(help="Factor of both sides, 1 to 4.")] = 4.0,
+    scale: Annotated[float | None, typer.Option(help="Factor of both sides, 1 to 4. Default: 4.")] = None,
     model: Model = "tiny",
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -41,6 +41,8 @@ def bench(
     if random_weights:
         if clip is not None:
             raise UsageError("--random-weights measures a clip of its own", hint=f"leave out `{clip}`")
+        if scale is not None:
+            raise UsageError("--random-weights has a scale of its own", hint="leave out --scale, or use --size")
         target = parse_size(size or "1920x1080")
         count = 21 if frames is None else frames
         result = run_workload(model, target, count, device=device, dtype=dtype, window=window, repeat=repeat, vae=vae)
@@ -48,9 +50,8 @@ def bench(
         return
     if (size, frames, window) != (None, None, None):
         raise UsageError("--size, --frames and --window are for --random-weights", hint="add it, or use --scale")
-    result = run_bench(
-        clip, UpscaleOptions(scale=scale), model=model, device=device, dtype=dtype, repeat=repeat, vae=vae
-    )
+    options = UpscaleOptions(scale=4.0 if scale is None else scale)
+    result = run_bench(clip, options, model=model, device=device, dtype=dtype, repeat=repeat, vae=vae)
     show(result, as_json)
 
 

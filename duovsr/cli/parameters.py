@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated
 
 import typer
@@ -17,7 +18,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print a report as JSON to st
 
 def parse_size(text: str) -> tuple[int, int]:
     """`WIDTHxHEIGHT` in pixels. Raises UsageError."""
-    width, _, height = text.lower().partition("x")
-    if not (width.isdecimal() and height.isdecimal()):
+    sides = re.fullmatch(r"(\d{1,9})x(\d{1,9})", text.lower())
+    if sides is None:
         raise UsageError(f"unsupported size: `{text}`", hint="use `--size WIDTHxHEIGHT`, such as 1280x720")
-    return int(width), int(height)
+    return int(sides[1]), int(sides[2])

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from rich.console import Console
 
 from duovsr.errors import DuovsrError
-from duovsr.progress import stderr
+from duovsr.progress import printable, stderr
 
 if TYPE_CHECKING:
     from duovsr.engine.batch import Outcome
@@ -30,7 +30,7 @@ def fail(message: str, hint: str | None, code: int) -> NoReturn:
 
 
 def say(text: str) -> None:
-    stderr.print(text, markup=False)
+    stderr.print(printable(text), markup=False)
 
 
 @contextmanager

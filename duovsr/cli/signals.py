@@ -102,6 +102,6 @@ class StopRequest:
 
 
 def _terminate(*_: object) -> None:
-    for number in (signal.SIGTERM, signal.SIGINT):  # one is enough: cleaning up must not be cut short
+    for number in (*_TERMINATION, signal.SIGINT):  # one is enough: cleaning up must not be cut short
         signal.signal(number, signal.SIG_IGN)
     raise Terminated

@@ -151,7 +151,7 @@ def _load(model: str, device: str, dtype: str, vae: str | None, window: int | No
 def _parse_tile(text: str) -> int | None:
     if text in ("auto", "off"):
         return None if text == "auto" else 0
-    if not text.isdecimal() or int(text) == 0:
+    if not re.fullmatch(r"\d{1,9}", text) or int(text) == 0:
         raise UsageError(f"unsupported tile: `{text}`", hint="use `auto`, `off` or a number of pixels")
     return int(text)
 

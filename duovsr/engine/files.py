@@ -154,7 +154,8 @@ def _to_file(work: _Work, reader: VideoReader, target: Target) -> None:
         # The job before it may have been another process's, or other work, and have ended meanwhile.
         work.options = replace(options, overwrite=may_replace(destination, options))
         check_target(source, destination, work.options.overwrite, options.codec, restart=restart)
-        check_space(destination, 2 * _least_bytes(work))  # pieces, and the file
+        least = _least_bytes(work)
+        check_space(destination, least + max(0, least - job.bytes))  # the file, and what is missing of the pieces
         work.plan = job.plan
         _make_pieces(work, only_one(reader, target.path) if target.kind == "image" else reader, job)
         _put_together(work, reader, job, target)
@@ -283,12 +284,14 @@ def _to_pipe(work: _Work, reader: VideoReader, target: Target) -> None:
     encoder = VideoEncoder(
         sys.stdout.buffer, work.info, *work.plan.target_size, work.encoding, target.format_name, numbered=False
     )
-    run, states = work.run(), None
+    run, states, stopped = work.run(), None, False
     with encoder, prefetch(reader, depth) as decoded, BackgroundSink(encoder.write, depth) as sink:
         for step in one_ahead(_steps(work, run, decoded, None), run.transfer.ahead):
             states = _hand_over(work, run, step, states, sink)
-            if work.should_stop():
-                raise Interrupted(f"interrupted: {work.frames} frames of `{work.info.path}` went out")
+            if stopped := work.should_stop():
+                break
+    if stopped:
+        raise Interrupted(f"interrupted: {work.frames} frames of `{work.info.path}` went out")
     aspect = work.info.aspect_at(*work.plan.target_size)
     if target.format_name == "nut" and aspect not in (None, 1) and work.encoding.name not in ("h264", "hevc"):
         work.notices.append(f"the pixel aspect ratio {aspect} is not kept: NUT needs h264 or hevc for it")

@@ -27,6 +27,7 @@ from duovsr.errors import Remark, UsageError
 from duovsr.model.one_step import RestoreState
 from duovsr.model.tiny_vae import VAEState
 from duovsr.model.transformer import TransformerState
+from duovsr.repository import sha256_of
 from duovsr.video.encoder import VideoEncoder
 from duovsr.video.mux import Piece
 from duovsr.video.output import ENDED, PUBLISHING, disk_errors, fsync, fsync_folder, job_folder, stamp
@@ -85,7 +86,7 @@ class Job:
         with disk_errors(self.folder):
             self.folder.mkdir(exist_ok=True)
             fsync_folder(self.folder.parent)
-        self._check_no_folders()
+        self._check_files()
         self._take_lock()
         try:
             with disk_errors(self.folder / "job.json"):
@@ -122,6 +123,11 @@ class Job:
         of_pieces = (notice for entry in self._entries.values() for notice in entry.notices)
         return [Remark(notice) for notice in dict.fromkeys([*self._notices, *of_pieces])]  # the journal keeps no types
 
+    @property
+    def bytes(self) -> int:
+        """Of the pieces that are there."""
+        return sum(entry.bytes for entry in self._entries.values())
+
     def needs(self, piece: int) -> bool:
         """Whether the piece has to be made: it is missing, damaged, or its states lead to one that is."""
         return piece in self._redo or piece not in self._entries
@@ -153,7 +159,7 @@ class Job:
                 pts=list(encoder.written_pts),
                 reordering=encoder.reordering,
                 bytes=partial.stat().st_size,
-                sha256=_sha256(partial),
+                sha256=sha256_of(partial),
                 state_sha256=state_sha256,
                 notices=list(notices),
             )
@@ -189,20 +195,21 @@ class Job:
             mark_ended(self._destination, self._whole, Ended(frames, notices))
         self._entries.clear()
 
-    def _check_no_folders(self) -> None:
+    def _check_files(self) -> None:
         for path in (path for pattern in (*_ABOUT, *_WORK) for path in self.folder.glob(pattern)):
-            if path.is_dir():
+            if path.is_dir() or path.is_symlink():  # through which another file would be written
                 raise UsageError(f"unfinished work would need a file named `{path}`", hint="move the folder away")
 
     def _take_lock(self) -> None:
         owner = self.folder / "owner"
-        try:
-            self._lock.acquire(blocking=False)  # the system frees it when its holder dies, however it dies
-        except Timeout:
-            who = owner.read_text(errors="replace") if owner.exists() else "another process"
-            raise UsageError(
-                f"{who} is working on `{self._destination}`", hint="wait for it, or choose another target"
-            ) from None
+        with disk_errors(self.folder / "lock"):
+            try:
+                self._lock.acquire(blocking=False)  # the system frees it when its holder dies, however it dies
+            except Timeout:
+                who = owner.read_text(errors="replace") if owner.exists() else "another process"
+                raise UsageError(
+                    f"{who} is working on `{self._destination}`", hint="wait for it, or choose another target"
+                ) from None
         with disk_errors(owner):
             owner.write_text(f"process {os.getpid()} on {socket.gethostname()}")
 
@@ -282,14 +289,14 @@ class Job:
 
     def _holds(self, number: int, entry: _Entry) -> bool:
         path = self.path(number)
-        return path.is_file() and path.stat().st_size == entry.bytes and _sha256(path) == entry.sha256
+        return path.is_file() and path.stat().st_size == entry.bytes and sha256_of(path) == entry.sha256
 
     def _has_states(self, piece: int) -> bool:
         """Whether the piece can be made without the one before it."""
         if self.plan.independent:
             return True
         before, path = self._entries.get(piece - 1), self._state_path(piece)
-        return before is not None and path.is_file() and _sha256(path) == before.state_sha256
+        return before is not None and path.is_file() and sha256_of(path) == before.state_sha256
 
     @property
     def _journal(self) -> Path:
@@ -307,7 +314,7 @@ class Job:
             file.write(content.getbuffer())
             file.flush()
             os.fsync(file.fileno())
-        digest = _sha256(partial)
+        digest = sha256_of(partial)
         os.replace(partial, path)
         return digest
 
@@ -315,11 +322,6 @@ class Job:
 def _count_packets(path: Path) -> int:
     with av.open(str(path.absolute())) as container:
         return sum(1 for packet in container.demux(video=0) if packet.size)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _line(entry: _Entry) -> str:

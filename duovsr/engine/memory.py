@@ -48,7 +48,37 @@ def _free_host_memory() -> int:
             return _UNKNOWN_MEMORY
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
     available = next(line for line in lines if line.startswith("MemAvailable:"))
-    return int(available.split()[1]) * 1024
+    return min([int(available.split()[1]) * 1024, *left_in_groups()])
+
+
+def left_in_groups(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> Iterator[int]:
+    """Bytes that the control groups of this process leave, its own and those around it, as far as they have a limit.
+
+    Containers and batch systems set one: who goes over it is killed, without an error to step down from. Cached files
+    do not count, they make room.
+    """
+    for line in _lines(own):
+        number, controllers, name = line.split(":", 2)
+        if number == "0":
+            top, limit, used, prefix = root, "memory.max", "memory.current", ""
+        elif "memory" in controllers.split(","):  # version 1
+            top, limit, used, prefix = root / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"
+        else:
+            continue
+        group = top / name.lstrip("/")
+        for folder in (group, *group.parents):  # in a container the nearest that it sees is the top
+            bounds = [*_lines(folder / limit), *_lines(folder / used)]
+            if folder.is_relative_to(top) and len(bounds) == 2 and bounds[0] != "max":
+                stat = dict(line.split() for line in _lines(folder / "memory.stat"))
+                cached = sum(int(stat.get(f"{prefix}{kind}_file", 0)) for kind in ("active", "inactive"))
+                yield max(0, int(bounds[0]) - (int(bounds[1]) - cached))
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text().splitlines()
+    except OSError:  # a kernel or a sandbox without it
+        return []
 
 
 def keep_freed_memory(device: torch.device) -> None:

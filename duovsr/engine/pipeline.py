@@ -78,7 +78,11 @@ def prefetch(items: Iterable[Item], depth: int) -> Iterator[Iterator[Item]]:
     finally:
         stopped.set()
         if thread.is_alive():
-            thread.join()
+            try:
+                thread.join()
+            except BaseException:  # Ctrl-C while waiting: see `BackgroundSink`
+                thread.join()
+                raise
 
 
 class BackgroundSink(Generic[Item]):

@@ -210,8 +210,13 @@ class Upscaler:
         """Load the weights anew where they are held otherwise."""
         if precision != self.model.precision:
             assert self._load is not None, "a plan of another model"
+            before = self.model.precision
             del self.model  # its memory, before the next one takes it
-            self.model = self._load(precision)
+            try:
+                self.model = self._load(precision)
+            except Exception:
+                self.model = self._load(before)  # for the next clip
+                raise
 
     def _step_down(self, chunk: Chunk, states: TileStates, run: Run, marks: Marks) -> tuple[list[Arriving], TileStates]:
         """Restore a chunk; where memory runs out, it and those after it with less."""

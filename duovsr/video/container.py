@@ -111,9 +111,11 @@ def average_rate(container: InputContainer, stream: VideoStream) -> Fraction | N
 
 
 def _open_pipe() -> InputContainer:
-    if sys.stdin.isatty():
+    if sys.stdin is None or sys.stdin.isatty():  # none where the shell closed it
         raise UsageError("`-` reads a video from a pipe, and there is none", hint="ffmpeg ... -f nut - | duovsr ...")
-    return av.open(sys.stdin.buffer, "r", metadata_errors="surrogateescape")
+    # As `ffmpeg` does for pipes: a playlist or a session description would name files and ports of this machine.
+    options = {"protocol_whitelist": "crypto,data"}
+    return av.open(sys.stdin.buffer, "r", options=options, metadata_errors="surrogateescape")
 
 
 def _unreadable(path: Path) -> InputError:

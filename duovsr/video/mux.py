@@ -21,6 +21,7 @@ from duovsr.video.codecs import Encoding
 from duovsr.video.encoder import LARGEST_REORDERING, NUMBER_BASE, VideoEncoder
 from duovsr.video.info import VideoInfo
 from duovsr.video.output import CONTAINERS, Target, disk_errors
+from duovsr.video.pictures import rehearse_picture
 from duovsr.video.reader import Frame
 from duovsr.video.remux import StreamCopier, Window
 
@@ -99,7 +100,8 @@ def join_pieces(
 
 
 def rehearse(target: Target, source: VideoInfo, width: int, height: int, encoding: Encoding) -> None:
-    """Encode one black frame and begin a file with it, in memory: what cannot be written is refused before the work.
+    """Encode one black frame and begin a file with it, or code it as an image, in memory: what cannot be written is
+    refused before the work.
 
     Raises `UsageError`.
     """
@@ -107,9 +109,12 @@ def rehearse(target: Target, source: VideoInfo, width: int, height: int, encodin
     black = Frame(np.zeros((height, width, 3), np.uint8 if source.bit_depth == 8 else np.uint16), 0, source.time_base)
     with VideoEncoder(piece, source, width, height, encoding) as encoder:
         encoder.write(black)
+    piece.seek(0)
+    if target.kind in ("image", "images"):
+        with av.open(piece, "r") as container:
+            rehearse_picture(next(container.decode(video=0)), target.path, source.aspect_at(width, height))
     if target.kind != "video":
         return
-    piece.seek(0)
     # On closing FFmpeg finds no frame, and says so.
     with suppress(av.error.FFmpegError), av.open(file, "w", format=target.format_name) as container:
         _add_video(container, piece, target.format_name, source, encoding)

@@ -60,6 +60,17 @@ def only_one(frames: Iterable[Frame], target: Path) -> Iterator[Frame]:
         yield frame
 
 
+def rehearse_picture(frame: VideoFrame, target: Path, aspect: Fraction | None) -> None:
+    """Raises `UsageError` where the format of `target` holds no picture of the frame's size."""
+    suffix = target.suffix.lower()
+    try:
+        _coded(frame, suffix, aspect)
+    except av.error.FFmpegError as error:
+        if isinstance(error, MemoryError):
+            raise
+        raise UsageError(f"{suffix} holds no image of {frame.width}x{frame.height}", hint="use .png or .tif") from error
+
+
 def write_picture(pieces: Sequence[Piece], partial: Path, target: Path, aspect: Fraction | None) -> None:
     """Write the only frame of `pieces` into the file `partial`, as the name of `target` asks for. `aspect`: its
     pixels'."""
