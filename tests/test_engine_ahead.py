@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from duovsr import Progress, UpscaleOptions, Upscaler
 from duovsr.engine import files
-from duovsr.engine.pipeline import one_ahead
+from duovsr.engine.pipeline import one_ahead, prefetch
 from duovsr.engine.run import Launched
 from duovsr.engine.transfer import Arriving, HostTransfer
 from duovsr.errors import InputError
@@ -161,3 +162,24 @@ def test_memory_that_runs_out_costs_no_frame(
     outputs = np.stack(list(upscaler.stream(moving(25), OPTIONS))).astype(int)
     assert failed == [8]
     assert np.abs(outputs - expected).max() <= 1  # other lengths of a batch are other sums
+
+
+def test_an_interrupt_on_leaving_waits_for_the_thread_nevertheless(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file would be closed under it."""
+    read, join, calls = threading.Event(), threading.Thread.join, []
+
+    def source() -> Iterator[int]:
+        read.wait(10)
+        yield 0
+
+    def interrupted(self: threading.Thread, timeout: float | None = None) -> None:
+        calls.append(self)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        read.set()
+        join(self, timeout)
+
+    monkeypatch.setattr(threading.Thread, "join", interrupted)
+    with pytest.raises(KeyboardInterrupt), prefetch(source(), depth=2):
+        pass
+    assert len(calls) == 2 and not calls[0].is_alive()
