@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from held_out import CPU, scores
+from held_out import CPU, restorer, scores
 from measuring import RESULTS, describe, write_json
 from torch import Tensor
 
@@ -31,7 +31,7 @@ from duovsr.train.draws import Draws
 from duovsr.train.loop import Run
 from duovsr.train.options import BaseConfig
 from duovsr.train.rankers import make_rankers
-from duovsr.train.roles import Inputs, diffusion_model, encode, ode_restore
+from duovsr.train.roles import Inputs, encode
 from duovsr.train.runs import load_weights
 from duovsr.train.stages import Job, resolve, run_job
 from duovsr.train.validation import Restore
@@ -99,13 +99,6 @@ def train(row: Row, out: Path, model: Path, pools: tuple[Path, ...]) -> float:
     return seconds
 
 
-def restorer(folder: Path, pool: Pool, steps: int) -> Restore:
-    run, config = Run(Path(), BaseConfig(), World(0, 1, CPU)), BaseConfig()
-    inputs = Inputs(PRESET, pool, None, load_weights(folder), folder)
-    model = diffusion_model(PRESET, inputs.weights("model"), run, trained=False)
-    return ode_restore(run, PRESET, inputs.autoencoder(run), model, steps, config.shift if steps > 1 else 1.0)
-
-
 def bounds(folder: Path, pool: Pool) -> dict[str, Restore]:
     """Beside every student of this autoencoder: the LQ itself, the decode without latents and with the truth's."""
     run = Run(Path(), BaseConfig(), World(0, 1, CPU))
@@ -141,10 +134,11 @@ def main() -> None:
     for row in ROWS:
         seconds = train(row, args.out, args.init, tuple(args.data))
         if row.scored:
-            restore = restorer(args.out / row.name, pool, BASE_STEPS if row.stage == "base" else 1)
+            steps = BASE_STEPS if row.stage == "base" else 1
+            restore = restorer(load_weights(args.out / row.name), pool, steps=steps)
             rows[row.name] = {**scores(restore, pool, rankers, WINDOWS), "cpu_seconds": seconds}
             print(row.name, ", ".join(f"{name} {value:.4g}" for name, value in rows[row.name].items()), flush=True)
-    for name, restore in {"MODEL": restorer(args.init, pool, 1), **bounds(args.init, pool)}.items():
+    for name, restore in {"MODEL": restorer(load_weights(args.init), pool), **bounds(args.init, pool)}.items():
         rows[name] = scores(restore, pool, rankers, WINDOWS)
         print(name, rows[name], flush=True)
     rows["truth"] = scores(None, pool, rankers, WINDOWS)

@@ -17,6 +17,7 @@ from statistics import fmean
 
 import numpy as np
 import torch
+from held_out import pixels
 from measuring import RESULTS, describe, write_json
 from torch import Tensor
 
@@ -36,10 +37,6 @@ def frames_of(path: Path, count: int) -> Tensor:
     with VideoReader(path) as reader:
         pixels = np.stack([frame.pixels for frame in islice(reader, count)])
     return torch.from_numpy(pixels).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
-
-
-def pixels(frames: Tensor) -> list[np.ndarray]:
-    return list(((frames[0].clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 3, 0).numpy())
 
 
 @torch.inference_mode()

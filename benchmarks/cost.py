@@ -237,18 +237,19 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="the JSON file to write")
     parser.add_argument("--row", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.device == "cpu":
+    device, repeat, small = choose_device(options.device), options.repeat, options.small
+    on_gpu = device.type == "cuda"
+    if not on_gpu:
         torch.set_num_threads(1)
     if options.row is not None:
-        print(json.dumps(measure(options.row, torch.device("cpu"), options.repeat, options.small)))
+        print(json.dumps(measure(options.row, device, repeat, small)))
         return
     if options.small and options.out is None:
         parser.error("--small: name a file by --out; such times are not kept")
-    device, repeat, small = choose_device(options.device), options.repeat, options.small
-    on_gpu = device.type == "cuda"
     path = options.out or RESULTS / f"cost{'_cuda' * on_gpu}.json"
     rows: list[Row] = []
-    record: Row = {"benchmark": "cost", "machine": describe(device), "threads": 1, "repeat": repeat, "measured": rows}
+    record: Row = {"benchmark": "cost", "machine": describe(device), "repeat": repeat, "measured": rows}
+    record["threads"] = torch.get_num_threads()
     if not on_gpu:
         record["note"] = "the machine was shared: processor time is what to compare"
     for row in rows_of_tiny(small) + (rows_of_wan(small) if on_gpu else []):

@@ -31,29 +31,23 @@ from duovsr.train.data import Frames, Pool
 from duovsr.train.distributed import World
 from duovsr.train.draws import Draws
 from duovsr.train.loop import Run
-from duovsr.train.options import RefineConfig
+from duovsr.train.options import BaseConfig
 from duovsr.train.rankers import Ranker, make_rankers
 from duovsr.train.roles import Inputs, diffusion_model, ode_restore
-from duovsr.train.runs import Weights, load_weights
+from duovsr.train.runs import Weights, blend, load_weights
 from duovsr.train.validation import Restore
 
 CPU = torch.device("cpu")
 SIDE = 192
 
 
-def blended(first: Weights, second: Weights, share: float) -> Weights:
-    return {
-        name: {key: torch.lerp(value.float(), second[name][key].float(), share) for key, value in first[name].items()}
-        for name in ("model", "vae")
-    }
-
-
-def restorer(weights: Weights, pool: Pool, strength: float = 1.0) -> Restore:
-    """One step, and below a strength of 1 the way from the latent-free decode to it, as `upscale --strength` goes."""
-    preset, run = PRESETS["tiny"], Run(Path(), RefineConfig(), World(0, 1, CPU))
+def restorer(weights: Weights, pool: Pool, strength: float = 1.0, steps: int = 1) -> Restore:
+    """Below a strength of 1 the way from the latent-free decode to the whole one, as `upscale --strength` goes."""
+    preset, config = PRESETS["tiny"], BaseConfig()
+    run = Run(Path(), config, World(0, 1, CPU))
     inputs = Inputs(preset, pool, None, weights, Path())
     student, vae = diffusion_model(preset, inputs.weights("model"), run, trained=False), inputs.autoencoder(run)
-    full = ode_restore(run, preset, vae, student, steps=1, shift=1.0)
+    full = ode_restore(run, preset, vae, student, steps, config.shift if steps > 1 else 1.0)
     if strength == 1:
         return full
     assert isinstance(vae, TinyVAE)
@@ -80,7 +74,7 @@ def scores(
         draws = Draws.of(range(row, row + 1), seed=0, step=0, part=1, device=CPU)
         output = window.hq if restore is None else restore(window, draws).float()
         meter = WarpingMeter(DisFlow())
-        for frame, truth in zip(_pixels(output), _pixels(window.hq), strict=True):
+        for frame, truth in zip(pixels(output), pixels(window.hq), strict=True):
             meter.update(frame, truth)
             found["bias"].append((luma(frame) - luma(truth)).mean().item())
             spectra.append(power(luma(frame)))
@@ -116,7 +110,7 @@ def power(picture: torch.Tensor) -> torch.Tensor:
     return torch.fft.fft2(picture * fade[:, None] * fade).abs().square()
 
 
-def _pixels(frames: torch.Tensor) -> list[np.ndarray]:
+def pixels(frames: torch.Tensor) -> list[np.ndarray]:
     """(1, 3, T, H, W) in [-1, 1] -> T of (H, W, 3) uint8."""
     return list(((frames[0].clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 3, 0).numpy())
 
@@ -131,12 +125,15 @@ def main() -> None:
     parser.add_argument("--strength", type=float, nargs="*", default=[])
     parser.add_argument("--frames", type=int, default=5, help="4k + 1, of each window")
     args = parser.parse_args()
+    if args.share and len(args.models) < 2:
+        parser.error("--share blends two models")
     pool = Pool([args.pool])
     rankers = make_rankers(("psnr", "ssim", "vmaf", "detail", "steady", f"niqe:{args.niqe}"), CPU)
     candidates = {str(path): load_weights(path) for path in args.models}
     for share in args.share:
         first, second, *_ = candidates.values()
-        candidates[f"{share:g} of the second"] = blended(first, second, share)
+        parts = {name: blend(first[name], second[name], share) for name in ("model", "vae")}
+        candidates[f"{share:g} of the second"] = parts
     restorers: dict[str, Restore | None] = {name: restorer(weights, pool) for name, weights in candidates.items()}
     for strength in args.strength:
         restorers[f"strength {strength:g} of the first"] = restorer(candidates[str(args.models[0])], pool, strength)

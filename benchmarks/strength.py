@@ -3,8 +3,8 @@
     python benchmarks/strength.py EVAL_FOLDER --niqe-parameters FILE [--frames 9]
 
 EVAL_FOLDER/gt, made smaller by a bicubic filter and nothing else, is upscaled again by every scale, and
-EVAL_FOLDER/real by 4; each at several strengths, beside bicubic. Means over the frames, then the clips, of PSNR-Y,
-SSIM-Y, VMAF and NIQE. Writes `results/strength.json`.
+EVAL_FOLDER/real by 4; each at several strengths, beside bicubic. Means over the frames (of NIQE every fourth), then the
+clips, of PSNR-Y, SSIM-Y, VMAF and NIQE. Writes `results/strength.json`.
 """
 
 from __future__ import annotations
@@ -62,6 +62,12 @@ def scores(frames: Frames, truth: Frames, meters: dict[str, Meter]) -> dict[str,
     return found
 
 
+def means(clips: list[dict[str, float]]) -> dict[str, float]:
+    """Of each score, over the clips that have it."""
+    names = dict.fromkeys(name for clip in clips for name in clip)
+    return {name: fmean(clip[name] for clip in clips if name in clip) for name in names}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("eval_folder", type=Path)
@@ -86,13 +92,10 @@ def main() -> None:
                 "niqe": FrameMeter(lambda output, _: niqe(output, parameters), every=4),
             }
             found.setdefault(name, {}).setdefault(way, []).append(scores(frames, truth, meters))
-    rows = {
-        name: {way: {key: fmean(c[key] for c in clips if key in c) for key in clips[0]} for way, clips in ways.items()}
-        for name, ways in found.items()
-    }
+    rows = {name: {way: means(clips) for way, clips in ways.items()} for name, ways in found.items()}
     for name, ways in rows.items():
-        for way, means in ways.items():
-            print(name, way, " ".join(f"{key}={value:.3f}" for key, value in means.items()))
+        for way, row in ways.items():
+            print(name, way, " ".join(f"{key}={value:.3f}" for key, value in row.items()))
     machine = describe(torch.device("cpu"))
     write_json(RESULT, {"benchmark": "strength", "machine": machine, "frames": arguments.frames, "rows": rows})
 

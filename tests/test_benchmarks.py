@@ -165,7 +165,6 @@ def test_windows_need_less_where_it_is_said(costs: dict[str, Any]) -> None:
 def test_charts_are_drawn_small(
     costs: dict[str, Any], gpu: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip("matplotlib")
     charts = importlib.import_module("charts")
     monkeypatch.setattr(charts, "RESULTS", tmp_path)
     for name in ("cpu_speed.json", "cpu_speed_amx.json", "quality.json", "training.json"):
@@ -184,7 +183,6 @@ def test_charts_are_drawn_small(
 
 
 def test_the_card_has_the_rows_of_the_charts(gpu: ModuleType) -> None:
-    pytest.importorskip("matplotlib")
     charts = importlib.import_module("charts")
     rows = charts.card_rows(charts.CARD.read_text())
     assert {(of, name) for of in charts.SETS for name in ("bicubic", charts.PEER)} <= set(rows)
@@ -192,7 +190,6 @@ def test_the_card_has_the_rows_of_the_charts(gpu: ModuleType) -> None:
 
 
 def test_the_scores_of_the_card_are_those_measured_of_the_shipped_files(gpu: ModuleType) -> None:
-    pytest.importorskip("matplotlib")
     charts = importlib.import_module("charts")
     rows = charts.card_rows(charts.CARD.read_text())
     measured = json.loads((charts.RESULTS / "quality.json").read_text())

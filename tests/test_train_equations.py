@@ -15,6 +15,7 @@ from torch.testing import assert_close
 from duovsr.model import flow
 from duovsr.train.draws import Draws
 from duovsr.train.loop import Metrics, Run
+from duovsr.train.memory import roles_of
 from duovsr.train.options import DualConfig, StageConfig
 from duovsr.train.rfs_gan import ScorePair, feature_channels
 from duovsr.train.roles import guided_velocity, ode_solution
@@ -156,6 +157,31 @@ def student_gradient(dual: DualStream) -> list[Tensor]:
     parameters = list(dual.student.parameters())
     gradients = torch.autograd.grad(student_loss(dual)[0], parameters, allow_unused=True)
     return [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, gradients, strict=True)]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"streams": name} for name in ("joint", "dmd", "gan", "sequential")]
+    + [{"guidance": 1.0}, {"streams": "dmd", "guidance": 1.0}, {"discriminator_input": "clean"}],
+    ids=str,
+)
+def test_the_plan_counts_the_passes_that_are_made(run: Path, settings: dict[str, object]) -> None:
+    dual = dual_stream(run, **settings)
+    passes: list[bool] = []
+    for role in ROLES[:3]:
+        model = getattr(dual, role)
+        model.transformer.register_forward_pre_hook(
+            lambda module, _: passes.append(torch.is_grad_enabled() and next(module.parameters()).requires_grad)
+        )
+    steps = (0, dual.total - 1)  # of `sequential` one of each half
+    for step in steps:
+        for part in range(dual.config.auxiliary):
+            dual.auxiliary_update(step, part + 1)
+        dual.student_update(step)
+    roles = roles_of("dual", dual.config)
+    assert roles is not None
+    assert sum(passes) == len(steps) * roles.backward
+    assert len(passes) == len(steps) * (roles.forward + roles.backward + roles.through)
 
 
 def test_roles_freeze_visibly(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

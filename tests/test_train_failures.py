@@ -20,7 +20,7 @@ from duovsr.errors import DuovsrError, InputError, NoSpaceError, OutOfMemoryErro
 from duovsr.options import PRESETS
 from duovsr.train import checkpoint, runs
 from duovsr.train.checkpoint import Checkpoints
-from duovsr.train.distributed import World
+from duovsr.train.distributed import World, joined
 from duovsr.train.journal import sole_owner
 from duovsr.train.loop import Interrupted
 from duovsr.train.options import ExportConfig, PoolConfig
@@ -236,6 +236,25 @@ def test_a_closed_terminal_saves_and_nohup_is_heeded(tmp_path: Path) -> None:
         signal.signal(signal.SIGHUP, before)
     assert caught.value.exit_code == 143
     assert torch.equal(fit_line(tmp_path / "stopped"), whole)
+
+
+def test_lines_of_the_journal_that_are_damaged_go(tmp_path: Path) -> None:
+    with pytest.raises(Interrupted):
+        fit_line(tmp_path, lambda n: os.kill(os.getpid(), signal.SIGTERM) if n == 4 else None)
+    journal = tmp_path / "metrics.jsonl"
+    journal.write_text(journal.read_text() + "garbage\n\0\0\0\n[]\n")
+    fit_line(tmp_path)
+    steps = [json.loads(line)["step"] for line in journal.read_text().splitlines()]
+    assert steps == sorted(steps) and steps[-1] == 8
+
+
+@pytest.mark.parametrize("missing", ["RANK", "LOCAL_RANK", "MASTER_PORT"])
+def test_half_of_what_torchrun_tells_is_named(monkeypatch: pytest.MonkeyPatch, missing: str) -> None:
+    for name in {"WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} - {missing}:
+        monkeypatch.setenv(name, "1")
+    monkeypatch.delenv(missing, raising=False)
+    with pytest.raises(UsageError, match=f"WORLD_SIZE is set, and {missing} is not"), joined("cpu"):
+        pass
 
 
 def test_a_folder_that_another_process_writes_to_is_refused(

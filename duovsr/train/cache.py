@@ -9,7 +9,7 @@ import torch
 from numpy.lib.format import open_memmap
 from tqdm import tqdm
 
-from duovsr.train.data import ENCODED_BY, LATENTS, SHARPNESS, new_array
+from duovsr.train.data import ENCODED_BY, LATENTS, SHARPNESS, new_array, read_array
 from duovsr.train.draws import Draws
 from duovsr.train.loop import Run
 from duovsr.train.options import LatentsConfig
@@ -34,7 +34,7 @@ def cache_latents(run: Run, config: LatentsConfig, inputs: Inputs) -> None:
     source = EncodedFrames(inputs.frames(config), vae, run)
     (run.out / ENCODED_BY).write_text(digest(vae))
     sharpness = np.zeros(config.samples, np.float32)
-    done = np.load(partial) if partial.is_file() else sharpness[:0]
+    done = read_array(partial) if partial.is_file() else sharpness[:0]
     sharpness[: len(done)] = done
     pairs = open_memmap(run.out / LATENTS, "r+") if len(done) else None
     rows = range(len(done), config.samples)

@@ -71,9 +71,9 @@ class Pool:
             if not (folder / "scale.npy").is_file():
                 raise InputError(f"not a finished training pool: `{folder}`", hint="make it with `duovsr train pool`")
         self.folder = folders[0]
-        self.hq = [_array(folder / "hq.npy") for folder in folders]
-        self.lq = [_array(folder / "lq.npy") if (folder / "lq.npy").is_file() else None for folder in folders]
-        self.scale = [_array(folder / "scale.npy") for folder in folders]
+        self.hq = [read_array(folder / "hq.npy") for folder in folders]
+        self.lq = [read_array(folder / "lq.npy") if (folder / "lq.npy").is_file() else None for folder in folders]
+        self.scale = [read_array(folder / "scale.npy") for folder in folders]
         records = [_record_of(folder) for folder in folders]
         self.degradation = [degradation for degradation, _ in records]
         self.sources = frozenset[str]().union(*(sources for _, sources in records))
@@ -156,8 +156,8 @@ class LatentPool:
         if not (folder / SHARPNESS).is_file():  # written last
             raise InputError(f"no finished latents in `{folder}`", hint="make them with `duovsr train latents`")
         self.folder = folder
-        self.pairs = _array(folder / LATENTS)
-        self.sharpness = _array(folder / SHARPNESS)
+        self.pairs = read_array(folder / LATENTS)
+        self.sharpness = read_array(folder / SHARPNESS)
         self.encoded_by = (folder / ENCODED_BY).read_text()
 
     def latents(self, draws: Draws) -> Latents:
@@ -180,7 +180,7 @@ class PairPool:
             count, self.encoded_by = noted["pairs"], str(noted["autoencoder"])
         except _DAMAGED as error:
             raise InputError(f"damaged preference pairs: `{record}`", hint="make them again") from error
-        self.pairs = _array(folder / PAIRS)[:count]
+        self.pairs = read_array(folder / PAIRS)[:count]
 
     def batch(self, draws: Draws) -> tuple[Tensor, Tensor, Tensor]:
         """LQ, chosen and rejected latents (B, C, T, h, w), float32."""
@@ -206,7 +206,7 @@ def new_array(path: Path, shape: tuple[int, ...]) -> np.memmap:
 _DAMAGED = (OSError, ValueError, EOFError, KeyError, TypeError, BadZipFile)
 
 
-def _array(path: Path) -> np.ndarray:
+def read_array(path: Path) -> np.ndarray:
     try:
         array: np.ndarray = np.load(path, mmap_mode="r")
     except _DAMAGED as error:

@@ -27,6 +27,7 @@ warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a vi
 
 Module = TypeVar("Module", bound=nn.Module)
 _joins = count()
+_TOLD_BY_TORCHRUN = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # beside WORLD_SIZE
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,9 @@ def joined(device: str) -> Iterator[World]:
     if "WORLD_SIZE" not in os.environ or dist.is_initialized():
         yield World(0, 1, torch.device(device))
         return
+    if missing := [name for name in _TOLD_BY_TORCHRUN if name not in os.environ]:
+        hint = "start it by torchrun, or unset WORLD_SIZE"
+        raise UsageError(f"WORLD_SIZE is set, and {', '.join(missing)} is not", hint=hint)
     place = torch.device(device, int(os.environ["LOCAL_RANK"])) if device == "cuda" else torch.device(device)
     if device == "cuda":
         torch.cuda.set_device(place)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import platform
 import time
 from collections.abc import Iterator
@@ -70,9 +71,17 @@ class Journal:
         if not self._path.exists():
             return
         lines = self._path.read_text().splitlines(keepends=True)
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] < start]
+        kept = [line for line in lines if _step_of(line) < start]
         with atomic_file(self._path) as partial:
             partial.write_text("".join(kept))
+
+
+def _step_of(line: str) -> float:
+    """No step at all comes before a line that is cut off, or damaged."""
+    try:
+        return int(json.loads(line)["step"]) if line.endswith("\n") else math.inf
+    except (ValueError, KeyError, TypeError):
+        return math.inf
 
 
 @contextmanager

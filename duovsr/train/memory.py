@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from duovsr.model.transformer import Transformer
 from duovsr.options import PRESETS, Preset, TransformerConfig
-from duovsr.train.options import DualConfig, LatentsConfig, PrefsConfig, ProgressiveConfig, StageConfig
+from duovsr.train.options import CFGConfig, DualConfig, LatentsConfig, PrefsConfig, ProgressiveConfig, StageConfig
 from duovsr.train.rfs_gan import Heads, feature_channels
 from duovsr.train.roles import DiffusionModel
 from duovsr.train.stages import Job
@@ -23,27 +23,38 @@ _ACTIVATION_BYTES = 2  # bfloat16
 @dataclass(frozen=True)
 class Roles:
     """How many diffusion models a stage trains and keeps frozen, how many graphs its largest update holds, and its
-    passes a sample: forward ones without gradient, trained ones, and those that only pass the gradient on."""
+    passes a sample and step: forward ones without gradient, trained ones, and those that only pass the gradient on."""
 
     trained: int
     frozen: int
     graphs: int
-    forward: int
-    backward: int
-    through: int = 0
+    forward: float
+    backward: float
+    through: float = 0
     samples: int = 1  # latents a sample: a preference pair has two
 
 
 def roles_of(stage: str, config: StageConfig) -> Roles | None:
     if isinstance(config, DualConfig):
-        N = config.auxiliary  # student, real score and both for the truth forward, the fake score trained
-        return Roles(2, 1, graphs=3, forward=N * 4 + 2, backward=N + 1, through=2)
+        return _dual_roles(config)
+    guided = isinstance(config, CFGConfig) and config.guidance != 0
     return {
         "base": Roles(1, 0, graphs=1, forward=0, backward=1),
-        "cfg": Roles(1, 1, graphs=1, forward=2, backward=1),
+        "cfg": Roles(1, 1, graphs=1, forward=1 + guided, backward=1),
         "progressive": Roles(1, 2, graphs=1, forward=2, backward=1),
         "dpo": Roles(1, 1, graphs=1, forward=1, backward=1, samples=2),
     }.get(stage)
+
+
+def _dual_roles(config: DualConfig) -> Roles:
+    """N updates of the fake score and the heads, and one of the student (`stage2.DualStream`)."""
+    N, guided = config.auxiliary, int(config.guidance != 0)
+    clean = 2 * (config.discriminator_input == "clean")  # both scores once more, for the sample as it is
+    dmd = N + 2 + guided  # the student's sample; what both scores say of it
+    gan = N * (4 + clean) + 2 + clean + guided  # and of the truth, and the real score's features of the sample
+    share = {"dmd": 0.0, "sequential": 0.5}.get(config.streams, 1.0)  # of the steps that have a GAN
+    graphs = 1 if share == 0 else 3
+    return Roles(2, 1, graphs, (1 - share) * dmd + share * gan, N + 1, through=2 * share)
 
 
 def describe(job: Job, config: Any, devices: int) -> dict[str, Any]:

@@ -79,7 +79,7 @@ class VAEConfig(StageConfig):
     """TinyVAE (ours: the paper leaves a task-specific autoencoder to future work)."""
 
     steps: int = 6000
-    learning_rate: float = 3e-4  # at 1e-3 features die before the latents matter, see the model card
+    learning_rate: float = 3e-4  # at 1e-3 features die before the latents matter, see weights/HISTORY.md
     crop: int = 96
     weight_decay: float = 1e-4
     free_every: int = 4  # every so many updates decode without a latent; 0: none does

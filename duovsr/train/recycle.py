@@ -41,8 +41,8 @@ def recycle(vae: TinyVAE, lq: Tensor, scale: Tensor, threshold: float, generator
 
     Dormant: at most `threshold` times as large, on LQ frames (B, 3, T, H, W), enlarged by `scale` (B,), restored by
     their own latents, as the mean of their layer. Such a one is made from random weights as large as its neighbours',
-    and taken with a weight of zero: what the decoder gives changes by no more than what was dormant. `vae` is frozen
-    as yet.
+    and taken with a weight of zero: what the decoder gives changes by no more than what was dormant. Features of
+    the LQ, which a skip takes too, see colour alone: grey pictures come out as before. `vae` is frozen as yet.
     """
     everything = list(features_of(vae))
     sizes = _sizes(vae, lq, scale, [*(features.taken_by for features in everything), vae.decoder.lq_down])

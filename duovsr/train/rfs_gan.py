@@ -1,4 +1,4 @@
-"""The discriminator of RFS-GAN (paper section 3.3, eq. 8): conv heads on features of both score models."""
+"""The discriminator of RFS-GAN (paper section 3.4, eq. 8): conv heads on features of both score models."""
 
 from __future__ import annotations
 

@@ -92,6 +92,11 @@ def save_atomically(weights: Mapping[str, Mapping[str, Tensor]], path: Path, wor
         torch.save(dict(weights), partial)
 
 
+def blend(first: Mapping[str, Tensor], second: Mapping[str, Tensor], share: float) -> dict[str, Tensor]:
+    """Network interpolation: so much of the second one's weights."""
+    return {key: torch.lerp(value.float(), second[key].float(), share) for key, value in first.items()}
+
+
 def _blended(name: str, source: Path, config: ExportConfig) -> dict[str, Tensor]:
     state = pick(load_weights(source), name, source)
     if not config.blend or config.only not in ("both", name):
@@ -99,7 +104,7 @@ def _blended(name: str, source: Path, config: ExportConfig) -> dict[str, Tensor]
     other = pick(load_weights(Path(config.blend)), name, Path(config.blend))
     if {k: v.shape for k, v in other.items()} != {k: v.shape for k, v in state.items()}:
         raise InputError(f"runs of different models: `{source}` and `{config.blend}`")
-    return {key: torch.lerp(value.float(), other[key].float(), config.share) for key, value in state.items()}
+    return blend(state, other, config.share)
 
 
 def export(source: Path, out: Path, preset: str, config: ExportConfig) -> None:

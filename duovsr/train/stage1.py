@@ -1,4 +1,4 @@
-"""Stage I, progressive guided distillation (paper section 3.2): guidance into the weights, then 64 steps into one."""
+"""Stage I, progressive guided distillation (paper section 3.3): guidance into the weights, then 64 steps into one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Stage II, dual-stream distillation (paper section 3.3, Algorithm 1): distribution matching and RFS-GAN together.
+"""Stage II, dual-stream distillation (paper section 3.4, Algorithm 1): distribution matching and RFS-GAN together.
 
 Roles: `student`, trained; `real_score`, frozen; `fake_score`, trained to follow the student's distribution; the
 discriminator's `heads`, trained on features of both score models.

@@ -1,4 +1,4 @@
-"""Stage III, preference-guided refinement (paper sections 3.4 and 7.2): ranked pairs of candidates, then flow DPO."""
+"""Stage III, preference-guided refinement (paper sections 3.5 and 7.2): ranked pairs of candidates, then flow DPO."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from duovsr.errors import TrainError
+from duovsr.errors import InputError, TrainError
 from duovsr.metrics.meter import Unmeasurable
 from duovsr.model import flow
 from duovsr.train.data import PAIRS, PAIRS_RECORD, Frames, new_array
@@ -74,8 +74,11 @@ def _resumed(path: Path) -> tuple[list[Clip], int]:
     """The clips that were looked at, and the number of their pairs."""
     if not path.is_file():
         return [], 0
-    record: dict[str, Any] = json.loads(path.read_text())
-    return record["clips"], record["pairs"]
+    try:
+        record: dict[str, Any] = json.loads(path.read_text())
+        return record["clips"], record["pairs"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"damaged: `{path}`", hint="choose another `--out`") from error
 
 
 def _save(path: Path, pairs: np.memmap | None, record: dict[str, object]) -> None:

@@ -91,5 +91,5 @@ def _pixels(frames: Tensor) -> np.ndarray:
 
 
 def _high_band(pixels: np.ndarray) -> float:
-    """Mean squared difference of neighbouring pixels."""
+    """Mean squared difference of neighbours in a row."""
     return float(np.diff(pixels.astype(np.float32), axis=1).__pow__(2).mean())
