@@ -243,7 +243,7 @@ def test_no_space_is_exit_code_4(run: Run, tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_bench_measures_a_clip(run: Run, tmp_path: Path) -> None:
-    run.fails(2, "leave out --scale", "bench", "--random-weights", "--scale", 2)
+    run.fails(2, "a scale of its own", "bench", "--random-weights", "--scale", 2)
     assert run("bench", write_clip(tmp_path / "in.mp4"), "--scale", 2, "--repeat", 1, "--json") == 0
     result = json.loads(run.out)
     assert result["fps"] > 0
