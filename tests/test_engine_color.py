@@ -1,4 +1,4 @@
-"""Colour transfer from the source."""
+"""Colour transfer from the source, and what else becomes of frames around the model."""
 
 from __future__ import annotations
 
@@ -61,3 +61,23 @@ def test_adain_matches_mean_and_deviation() -> None:
     result = color.transfer_color(hq, lq, "adain")
     assert_close(result.mean((3, 4)), lq.mean((3, 4)), rtol=0, atol=1e-5)
     assert_close(result.std((3, 4)), lq.std((3, 4)), rtol=1e-4, atol=1e-4)
+
+
+def test_strength_is_as_asked_and_else_as_the_preset_says(small_model: OneStepModel) -> None:
+    clip = list(np.random.default_rng(0).random((5, 48, 64, 3), np.float32))
+
+    def restored(default: float, asked: float | None) -> np.ndarray:
+        upscaler = Upscaler(replace(small_model, preset=replace(small_model.preset, default_strength=default)))
+        return np.stack(list(upscaler.stream(clip, UpscaleOptions(scale=2, strength=asked))))
+
+    assert np.array_equal(restored(0.25, None), restored(1.0, 0.25))
+    assert not np.array_equal(restored(0.25, None), restored(1.0, None))
+
+
+def test_frames_are_padded_by_their_own_edges(small_upscaler: Upscaler) -> None:
+    """Black beyond the edge would bleed into the picture."""
+    clip = np.random.default_rng(0).random((5, 41, 50, 3), np.float32)
+    wide = np.pad(clip, ((0, 0), (0, 7), (0, 14), (0, 0)), mode="edge")
+    options = UpscaleOptions(scale=1, color="none")
+    narrow, whole = (np.stack(list(small_upscaler.stream(list(frames), options))) for frames in (clip, wide))
+    assert np.array_equal(narrow, whole[:, :41, :50])

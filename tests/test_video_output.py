@@ -12,6 +12,7 @@ import pytest
 
 from duovsr.errors import DuovsrError, NoSpaceError, UsageError
 from duovsr.options import PIPE
+from duovsr.video import output
 from duovsr.video.codecs import choose_encoding
 from duovsr.video.encoder import VideoEncoder
 from duovsr.video.info import probe
@@ -21,6 +22,15 @@ from tests.clips import Clip, start_time, video_times, write_clip
 from tests.pieces import copy_clip
 
 NOISE = list(np.random.default_rng(0).integers(0, 256, (8, 192, 256, 3), dtype=np.uint8))
+
+
+def test_the_name_comes_after_the_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A power cut between the two would leave an empty file under the final name."""
+    steps: list[str] = []
+    for name in ("fsync", "give_name", "fsync_folder"):
+        monkeypatch.setattr(output, name, lambda *_, name=name: steps.append(name))
+    publish(tmp_path / "partial", tmp_path / "out.mp4", overwrite=False)
+    assert steps == ["fsync", "give_name", "fsync_folder"]
 
 
 @pytest.mark.parametrize("links", [True, False])
