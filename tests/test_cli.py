@@ -8,10 +8,8 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
 
 import av
 import pytest
@@ -20,7 +18,7 @@ import torch
 from duovsr.cli.show import show
 from duovsr.engine.upscaler import Upscaler
 from duovsr.errors import InputError
-from duovsr.options import Position, Progress, UpscaleOptions
+from duovsr.options import Progress
 from duovsr.progress import Reporter
 from duovsr.repository import CONFIG, FILES
 from duovsr.weights import load_model
@@ -63,45 +61,6 @@ def test_dry_run_plans_and_writes_nothing(run: Run, tmp_path: Path) -> None:
     assert run("upscale", source, tmp_path / "out.mp4", "--dry-run", "--json") == 0
     assert json.loads(run.out)["seconds_per_frame"] > 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.mp4"]
-
-
-FLAGS: dict[str, tuple[list[str], Any]] = {  # the option that each flag sets
-    "start": (["--start", "0:01:30.5"], Position(seconds=Fraction(181, 2))),
-    "end": (["--end", "2250f"], Position(frame=2250)),
-    "frame_rate": (["--fps", "24000/1001"], Fraction(24000, 1001)),
-    "decoder": (["--decoder", "nvdec"], "nvdec"),
-    "audio": (["--no-audio"], False),
-    "subtitles": (["--no-subs"], False),
-    "deinterlace": (["--no-deinterlace"], False),
-    "scene_cuts": (["--no-scene-cuts"], False),
-    "encoder_options": (
-        ["--encoder-opt", "preset=slow", "--encoder-opt", "x264-params=a=b"],
-        (("preset", "slow"), ("x264-params", "a=b")),
-    ),
-    "restart": (["--restart"], True),
-    "overwrite": (["--overwrite"], True),
-    "size": (["--size", "128x96"], (128, 96)),
-    "tile": (["--tile", "off"], 0),
-    "crf": (["--crf", "20"], 20),
-}
-
-
-@pytest.mark.parametrize("name", FLAGS)
-def test_flags_set_their_options_and_no_others(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
-    seen: list[UpscaleOptions] = []
-
-    def refuse(_: Upscaler, source: Path, destination: Path, options: UpscaleOptions, *__: object) -> None:
-        seen.append(options)
-        raise InputError("seen")
-
-    monkeypatch.setattr(Upscaler, "upscale_file", refuse)
-    monkeypatch.setattr("duovsr.cli.file._look", lambda *_: None)
-    flags, value = FLAGS[name]
-    run.fails(3, "seen", "upscale", tmp_path / "in.mp4", tmp_path / "out.mp4", *flags)
-    assert seen == [replace(UpscaleOptions(), **{name: value})]
-    assert value != getattr(UpscaleOptions(), name)
 
 
 @pytest.mark.parametrize(
