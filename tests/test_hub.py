@@ -66,6 +66,10 @@ class Machine:
     def cache(self) -> Path:
         return self.home / "hub"
 
+    def partial(self, content: bytes) -> Path:
+        """Where a file of that content lies until it is whole."""
+        return self.cache / "models--owner--name" / "blobs" / f"{hashlib.sha256(content).hexdigest()}.incomplete"
+
     def cached(self) -> set[str]:
         """The names of the files in all snapshots."""
         return {path.name for path in self.cache.glob("models--*/snapshots/*/*") if path.exists()}
@@ -144,9 +148,10 @@ def test_a_killed_pull_goes_on_where_it_was(hub: Hub, machine: Machine, number: 
     name = "transformer.safetensors"
     hub.breaks[name], hub.stalls = 12_000_000, {name}
     command = [sys.executable, "-m", "duovsr", "models", "pull", MODEL]
+    partial = machine.partial(hub.files[name])
     with subprocess.Popen(command, env=machine.environment, stderr=subprocess.DEVNULL) as process:
         deadline = time.monotonic() + 60
-        while not any(path.stat().st_size for path in machine.cache.glob("*/blobs/*.incomplete")):
+        while not (partial.exists() and partial.stat().st_size):
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.05)
         process.send_signal(number)
@@ -157,16 +162,16 @@ def test_a_killed_pull_goes_on_where_it_was(hub: Hub, machine: Machine, number: 
     assert whole is None and rest is not None
     assert 0 < int(rest.removeprefix("bytes=").rstrip("-")) <= 12_000_000
     machine.does("verify", MODEL)
-    assert machine.cached() == REPOSITORY and not list(machine.cache.glob("*/blobs/*.incomplete"))
+    assert machine.cached() == REPOSITORY and not partial.exists()
 
 
 def test_a_finished_download_that_was_not_named_yet_is_taken(hub: Hub, machine: Machine) -> None:
     """Killed between the last byte and its renaming; and what was left there by something else does not verify."""
     for content, code in ((hub.files[name := "vae.safetensors"], 0), (b"x" * len(hub.files[name]), 3)):
         shutil.rmtree(machine.home, ignore_errors=True)
-        blobs = machine.cache / "models--owner--name" / "blobs"
-        blobs.mkdir(parents=True)
-        (blobs / f"{hashlib.sha256(hub.files[name]).hexdigest()}.incomplete").write_bytes(content)
+        partial = machine.partial(hub.files[name])
+        partial.parent.mkdir(parents=True)
+        partial.write_bytes(content)
         hub.requests.clear()
         assert machine.run("pull", MODEL).returncode == code
         assert hub.asked(name) == []
