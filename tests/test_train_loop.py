@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 import signal
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -87,6 +88,20 @@ def test_sigterm_saves_and_the_same_command_goes_on(tmp_path: Path) -> None:
         fit_line(tmp_path / "stopped", terminate)
     assert not (tmp_path / "stopped" / "final.pt").exists()
     assert torch.equal(fit_line(tmp_path / "stopped"), whole)
+
+
+def test_a_finished_checkpoint_is_named_before_the_next(tmp_path: Path) -> None:
+    """A crash just before the next save goes back by one interval, not by two."""
+    latest = tmp_path / "checkpoints" / "latest"
+    there = []
+
+    def look(n: int) -> None:
+        if n > 30 and not latest.exists():
+            time.sleep(0.1)  # for what is written in the background
+        there.append(latest.exists())
+
+    fit_line(tmp_path, look, steps=60, save_every=30)
+    assert there[-1] and not there[29]
 
 
 def test_only_the_last_checkpoints_are_kept(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict
 from torch.utils._pytree import tree_map_only
 
 from duovsr.options import PRESETS
-from duovsr.train.checkpoint import Checkpoints
+from duovsr.train.checkpoint import Checkpoints, State
 from duovsr.train.distributed import full, joined, place
 from duovsr.train.draws import Draws
 from duovsr.train.loop import Run
@@ -47,14 +48,16 @@ def die_at(deaths: list[tuple[int, int, Path]], of: signal.Signals = signal.SIGK
 
 
 def die_writing(marker: Path) -> None:
-    original = Checkpoints.wait
+    original = Checkpoints.save
 
-    def wait(self: Checkpoints) -> None:
-        if self._pending is not None and self.latest() is not None:
+    def save(self: Checkpoints, state: State, step: int) -> None:
+        original(self, state, step)
+        if self.latest() is not None:
+            while not list(self.folder.glob(f"step_*{step}")):
+                time.sleep(0.001)
             die_once(marker)
-        original(self)
 
-    Checkpoints.wait = wait  # type: ignore[method-assign]
+    Checkpoints.save = save  # type: ignore[method-assign]
 
 
 def checkpoint(folder: Path, dump: Path) -> None:

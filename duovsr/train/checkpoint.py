@@ -66,7 +66,7 @@ class Checkpoints:
         self._pending = path, future  # type: ignore[assignment]
 
     def wait(self) -> None:
-        """Finish the write under way, point to it and drop the oldest. Raises DuovsrError where it failed."""
+        """Finish the write under way and point to it. Raises DuovsrError where it failed."""
         if self._pending is None:
             return
         path, future = self._pending
@@ -75,7 +75,19 @@ class Checkpoints:
             future.result()
         if dist.is_initialized():
             dist.barrier()
-        if not _first():
+        self._point_to(path)
+
+    def publish(self) -> None:
+        """Point to the write under way if it has ended: at once, not at the next save, for a crash may come between."""
+        if self._pending is None:
+            return
+        path, future = self._pending
+        if future.done() and future.exception() is None:  # whole on every rank: the first writes its metadata last
+            self._point_to(path)
+
+    def _point_to(self, path: Path) -> None:
+        """Name `path` the newest and drop the oldest."""
+        if not _first() or path == self.latest():
             return
         with atomic_file(self.folder / "latest") as partial:
             partial.write_text(path.name)

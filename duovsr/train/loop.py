@@ -195,6 +195,7 @@ def run_loop(run: Run, trained: Trained, step_function: StepFunction) -> None:
                 metrics = step_function(step)
                 for ema in emas.values():
                     ema.update(step % period)
+                checkpoints.publish()
                 done = step + 1
                 if step % config.log_every == 0 or done == total:
                     journal.log(step, {name: mean_over_ranks(v, world).item() for name, v in metrics.items()})
