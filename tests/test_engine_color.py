@@ -56,6 +56,19 @@ def test_reduced_low_band_is_close_to_its_definition(height: int, width: int) ->
     assert (band - dilated_low_band(smooth)).abs().mean() < 0.05 * smooth.abs().mean()
 
 
+def test_the_low_band_of_a_slope_is_the_slope() -> None:
+    """Not moved by half a pixel: exact where no filter reaches over the border."""
+    slope = torch.linspace(-1, 1, 256)[:, None] + torch.linspace(-0.5, 0.5, 320)
+    slope = slope.expand(1, 3, 2, 256, 320)
+    band = color.transfer_color(torch.zeros_like(slope), slope, "wavelet")
+    assert_close(band[..., 32:-32, 32:-32], slope[..., 32:-32, 32:-32], rtol=0, atol=1e-5)
+
+
+def test_a_tint_is_removed_up_to_the_border() -> None:
+    lq = torch.rand(1, 3, 2, 61, 83)  # no multiples of the reduction
+    assert_close(color.transfer_color(lq + 0.25, lq, "wavelet"), lq, rtol=0, atol=1e-5)
+
+
 def test_adain_matches_mean_and_deviation() -> None:
     hq, lq = torch.randn(1, 3, 2, 20, 30) * 2 + 1, torch.randn(1, 3, 2, 20, 30)
     result = color.transfer_color(hq, lq, "adain")

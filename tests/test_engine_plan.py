@@ -7,13 +7,16 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+import torch
 
+from duovsr.engine.blend import blend_tiles
 from duovsr.engine.chunks import cut_into_chunks
 from duovsr.engine.plan import (
     TILE_ALIGN,
     TILE_OVERLAP,
     Plan,
     Precision,
+    Tile,
     WeightBytes,
     plan_clip,
     plan_tiles,
@@ -240,3 +243,20 @@ def test_cuts_close_together_are_found() -> None:
     clip = [shots[i // 3 % 2] for i in range(12)]
     detector = CutDetector()
     assert [n for n, frame in enumerate(clip) if detector.is_cut(frame)] == [3, 6, 9]
+
+
+def test_a_cut_into_fast_motion_is_one_cut() -> None:
+    """The calm shot before it is no measure of the motion after it."""
+    shades = [0.1] * 4 + [0.6, 0.75] * 4
+    detector = CutDetector()
+    found = [detector.is_cut(np.full((30, 40, 3), shade, np.float32)) for shade in shades]
+    assert [n for n, cut in enumerate(found) if cut] == [4]
+
+
+def test_tiles_fade_into_each_other_evenly() -> None:
+    """From one to the other in equal steps, the middle of which is the middle of what they have in common."""
+    tiles = Tile(0, 0, 12, 4), Tile(8, 0, 12, 4)
+    parts = (torch.full((1, 1, 1, 4, 12), value) for value in (0.0, 1.0))
+    merged = blend_tiles(parts, tiles, 20, 4, 4)
+    expected = torch.tensor([0.0] * 8 + [0.125, 0.375, 0.625, 0.875] + [1.0] * 8)
+    torch.testing.assert_close(merged, expected.expand(1, 1, 1, 4, 20))

@@ -149,6 +149,18 @@ def test_pieces_of_any_length_give_the_same(upscaler: Upscaler, frames: int, lat
     assert_close(result, expected, rtol=0, atol=1e-5)
 
 
+def test_pieces_have_the_noise_of_their_place(upscaler: Upscaler) -> None:
+    lq = lq_frames(moving(5))
+    origin = (3, 32, 16)
+    expected, _ = upscaler.model.restore(lq, None, seed=1, scale=4, origin=origin)
+    elsewhere, here = (
+        restore_clip(upscaler.model, lq, plan_of(upscaler), seed=1, strength=1, origin=place)
+        for place in ((0, 0, 0), origin)
+    )
+    assert_close(here, expected, rtol=0, atol=1e-5)
+    assert (elsewhere - expected).abs().max() > 1e-3
+
+
 def test_the_autoencoder_takes_the_plans_frames_at_a_time(upscaler: Upscaler, monkeypatch: pytest.MonkeyPatch) -> None:
     seen, decode = [], WanVAE.decode
 
