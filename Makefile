@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+JOBS ?= 2
 
 SAMPLE := benchmarks/sample.mp4
 RESULT := out/sample_x4.mp4
@@ -18,6 +19,7 @@ help:
 	@echo "make test-slow  the tests that take minutes, at full size"
 	@echo "make clean  remove $(VENV), out/ and caches"
 	@echo "PYTHON=...  another interpreter than python3"
+	@echo "JOBS=2      so many tests at a time in make test"
 
 demo: $(INSTALLED)
 	@mkdir -p $(dir $(RESULT))
@@ -29,7 +31,7 @@ test: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile
 
 test-slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -q -m slow
