@@ -22,6 +22,7 @@ from tests.command_line import Run, python_signals, running
 
 STOPS = [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 143)]
 DUOVSR = [sys.executable, "-m", "duovsr"]
+PROGRESS = "in put.mp4: "  # a line each 5 s, on a machine busy enough
 
 
 @pytest.fixture
@@ -53,8 +54,7 @@ def test_one_signal_finishes_the_piece_and_the_hint_goes_on(tmp_path: Path, numb
     process.send_signal(number)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == code, errors
-    progress = "in put.mp4: "  # a line each 5 s, on a machine busy enough
-    asked, error, hint = (line for line in errors.splitlines() if not line.startswith(progress))
+    asked, error, hint = (line for line in errors.splitlines() if not line.startswith(PROGRESS))
     assert asked == "finishing the piece at work; once more to stop now"
     assert error.startswith("error: interrupted: 48 frames of")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in put.mp4", "out.mp4.duovsr"]
@@ -69,20 +69,21 @@ def test_one_signal_finishes_the_piece_and_the_hint_goes_on(tmp_path: Path, numb
 
 
 def test_a_second_signal_stops_now_and_leaves_nothing_of_no_use(tmp_path: Path) -> None:
-    source = write_clip(tmp_path / "in.mp4", Clip(pts=range(0, 512 * 100, 512), size=(320, 240)))
+    source = write_clip(tmp_path / "in put.mp4", Clip(pts=range(0, 512 * 100, 512), size=(320, 240)))
     process = start(source, tmp_path / "out.mp4")
     assert process.stderr is not None
+    said = (line for line in process.stderr if not line.startswith(PROGRESS))
     process.send_signal(signal.SIGINT)
-    assert "once more to stop now" in process.stderr.readline()
+    assert "once more to stop now" in next(said)
     asked = time.monotonic()
     process.send_signal(signal.SIGINT)
-    answer = process.stderr.readline()
+    answer = next(said)
     if "once more" in answer:  # again: the second signal fell into the printing of the first
-        answer = process.stderr.readline()
-    assert time.monotonic() - asked < 2  # when it has stopped; Python takes its time to leave
+        answer = next(said)
+    assert time.monotonic() - asked < 5  # when it has stopped; Python takes its time to leave
     assert answer == "error: interrupted; no output was written\n"
     assert process.wait(timeout=60) == 130
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.mp4"]  # the first piece was not finished
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in put.mp4"]  # the first piece was not finished
 
 
 @pytest.mark.parametrize(("number", "code"), STOPS)
