@@ -52,7 +52,7 @@ def test_one_signal_finishes_the_piece_and_the_hint_goes_on(tmp_path: Path, numb
     target = tmp_path / "out.mp4"
     process = start(source, target)
     process.send_signal(number)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=120)
     assert process.returncode == code, errors
     asked, error, hint = (line for line in errors.splitlines() if not line.startswith(PROGRESS))
     assert asked == "finishing the piece at work; once more to stop now"
@@ -210,7 +210,7 @@ def leave(process: subprocess.Popen[bytes]) -> int:
     time.sleep(2)
     assert process.poll() is None
     process.send_signal(signal.SIGINT)
-    return process.wait(timeout=5)
+    return process.wait(timeout=30)
 
 
 def test_a_source_that_stalls_can_be_left(tmp_path: Path, stalling: Callable[..., subprocess.Popen[bytes]]) -> None:
