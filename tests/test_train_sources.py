@@ -12,21 +12,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.testing import assert_close
 
 from duovsr.errors import InputError, UsageError
 from duovsr.train import pool as pools
 from duovsr.train.options import PoolConfig
-from duovsr.train.pool import build_pool, camera_move, camera_path, crop_clip, view
+from duovsr.train.pool import build_pool
 from duovsr.train.sources import find_sources, measure, open_footage, sharpness
+from duovsr.video.reader import VideoReader
 from tests.clips import Clip, write_clip
 
 POOL = PoolConfig(samples=10, frames=3, side=48)
 ARRAYS = ("hq.npy", "lq.npy", "scale.npy")
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def numbered(count: int) -> list[np.ndarray]:
@@ -86,7 +84,7 @@ def assert_same_pool(one: Path, other: Path) -> None:
 
 
 def test_sharpness_is_the_variance_of_the_laplacian() -> None:
-    frame = torch.randint(0, 256, (3, 7, 9), generator=seeded(), dtype=torch.uint8)
+    frame = torch.randint(0, 256, (3, 7, 9), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     grey = np.rint(np.array([0.299, 0.587, 0.114]) @ frame.numpy().reshape(3, -1).astype(np.float64)).reshape(7, 9)
     mirrored = [[1, *range(7), 5], [1, *range(9), 7]]
     laplacian = []
@@ -169,6 +167,19 @@ def test_frames_are_upright_and_of_bearable_size(tmp_path: Path) -> None:
     assert frame[0].std(1).max() < 2  # the gradient along the coded width now runs along the height
     with open_footage(photo, 48) as opened:
         assert opened.read(0, 1).shape == (1, 3, 12 * 48, 810)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+@pytest.mark.parametrize("orientation", [1, 5, 6])
+def test_photos_are_seen_as_upscale_sees_them(tmp_path: Path, mode: str, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(noise((96, 64), 0)).convert(mode).save(tmp_path / "photo.jpg", exif=exif)
+    with VideoReader(tmp_path / "photo.jpg") as reader:
+        expected = next(iter(reader)).pixels
+    (photo,) = find_sources([tmp_path])
+    with open_footage(photo, 48) as opened:
+        assert np.array_equal(opened.read(0, 1)[0].permute(1, 2, 0), expected)
 
 
 def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
@@ -290,51 +301,6 @@ def test_clips_are_shown_at_several_speeds(tmp_path: Path, skip_frames: float, s
     shown = np.rint(np.load(tmp_path / "pool" / "hq.npy")[..., 0].mean((2, 3)) / 4)
     assert (np.diff(shown, axis=1) == step).all()
     assert len(set(shown[:, 0])) > 1
-
-
-def test_a_camera_that_stands_still_sees_a_crop() -> None:
-    still = torch.rand(1, 3, 60, 70, generator=seeded())
-    path = torch.tensor([[24.0 + 11, 24.0 + 5, 0.0, 1.0]]).expand(3, 4)
-    seen = view(still, path, 48)
-    assert_close(seen, still[..., 5 : 5 + 48, 11 : 11 + 48].expand(3, -1, -1, -1), rtol=0, atol=1e-4)
-    moved = view(still, path + torch.tensor([[0.0] * 4, [1, 0, 0, 0], [0, 2, 0, 0]]), 48)
-    assert_close(moved[1], still[0, :, 5 : 5 + 48, 12 : 12 + 48], rtol=0, atol=1e-4)
-    assert_close(moved[2], still[0, :, 7 : 7 + 48, 11 : 11 + 48], rtol=0, atol=1e-4)
-
-
-def test_a_camera_moves_smoothly_and_stays_in_the_picture() -> None:
-    still = torch.nn.functional.interpolate(torch.rand(1, 3, 12, 16, generator=seeded()), (96, 128), mode="bicubic")
-    for seed in range(5):
-        window = camera_move(still.clamp(0, 1), 9, 48, 3.0, seeded(seed))
-        steps = (window[1:] - window[:-1]).abs().mean((1, 2, 3))
-        assert window.shape == (9, 3, 48, 48)
-        assert steps.min() > 0 and steps.max() < 0.2
-        centres = camera_path(96, 128, 9, 48, 3.0, seeded(seed))[:, :2]
-        assert (centres > 20).all() and (centres < torch.tensor([108.0, 76.0])).all()
-
-
-def test_a_camera_pans_up_to_its_speed() -> None:
-    paths = [camera_path(2000, 2000, 9, 48, 20.0, seeded(seed))[:, :2] for seed in range(40)]
-    speeds = sorted(float((path[-1] - path[0]).norm()) / 8 for path in paths)
-    assert 15 < speeds[-1] < 21
-    assert speeds[20] < 10  # slow ones are more
-    assert speeds[0] < 1
-
-
-def test_a_short_clip_runs_back_and_forth() -> None:
-    clip = torch.arange(3, dtype=torch.uint8).view(3, 1, 1, 1).expand(3, 3, 24, 24)
-    shown = (crop_clip(clip, 8, 24, seeded())[:, 0, 0, 0] * 255).round().int().tolist()
-    assert shown == [0, 1, 2, 1, 0, 1, 2, 1]
-    assert crop_clip(clip[:1], 4, 24, seeded()).std() == 0
-
-
-def test_windows_of_large_pictures_show_more_of_them() -> None:
-    ramp = torch.linspace(0, 255, 480).round().byte().expand(2, 3, 240, 480)
-    parts = [
-        float(w[..., -1].mean() - w[..., 0].mean()) for w in (crop_clip(ramp, 2, 24, seeded(i)) for i in range(20))
-    ]
-    assert min(parts) > 0.9 * 23 / 479
-    assert 2.5 * 23 / 479 < max(parts) < 1.1 * 80 / 479
 
 
 def test_settings_that_cannot_work_are_refused() -> None:

@@ -16,16 +16,17 @@ from pathlib import Path
 from typing import NamedTuple
 
 import av
-import numpy as np
 import torch
 from av.container import InputContainer
 from torch import Tensor
 from torch.nn import functional as F
 
 from duovsr.errors import InputError
-from duovsr.video.color import ColorTags, FrameToRgb, decoding_tags
+from duovsr.video.color import FrameToRgb, decoding_tags, picture_tags
+from duovsr.video.container import main_video, open_input
 from duovsr.video.deinterlace import deinterlaced
-from duovsr.video.info import has_fields, main_video, open_input
+from duovsr.video.info import has_fields
+from duovsr.video.sidedata import Orientation, SideData
 
 VIDEOS = frozenset(".avi .flv .m2ts .m4v .mkv .mov .mp4 .mpeg .mpg .mts .ts .webm .wmv .y4m".split())
 IMAGES = frozenset(".bmp .jpeg .jpg .png .tif .tiff .webp".split())
@@ -196,7 +197,7 @@ class Footage:
         lengths = [length for length in (self._stream.frames, round(duration / self._ticks)) if length]
         self.length = min(lengths, default=1)
         self._to_rgb: FrameToRgb | None = None
-        self._turns = 0
+        self._orientation = Orientation()
 
     def read(self, start: int, count: int, step: int = 1) -> Tensor:
         """Frames start, start + step, ...: (T, 3, H, W) uint8 RGB, upright; T < `count` where the clip ends early.
@@ -239,13 +240,12 @@ class Footage:
     def _frame(self, picture: av.VideoFrame) -> Tensor:
         """(3, H, W) uint8."""
         if self._to_rgb is None:
-            tags = ColorTags(picture.color_primaries, picture.color_trc, picture.colorspace, picture.color_range)
+            tags = picture_tags(picture)
             known = decoding_tags(tags, picture.width, picture.height)
             if known is None:
                 raise InputError(f"unsupported colour matrix {tags.matrix} (H.273) in `{self._name}`")
-            self._to_rgb, self._turns = FrameToRgb(known, 8), round(picture.rotation / 90)
-        upright = np.ascontiguousarray(np.rot90(self._to_rgb(picture), self._turns))
-        frame = torch.from_numpy(upright).permute(2, 0, 1)
+            self._to_rgb, self._orientation = FrameToRgb(known, 8), SideData(picture).orientation
+        frame = torch.from_numpy(self._orientation.upright(self._to_rgb(picture))).permute(2, 0, 1)
         short, most = min(frame.shape[1:]), _MOST_WINDOWS * self._side
         if short < self._side:
             raise InputError(f"smaller than {self._side} pixels: `{self._name}`")
