@@ -131,22 +131,9 @@ def test_too_small_and_broken_candidates_are_refused(clean: Tensor, niqe_file: P
         only("psnr")(broken, clean)
 
 
-@dataclass
-class Named:
-    """A ranker that judges nothing."""
-
-    name: str
-    higher_is_better: bool
-
-    def __call__(self, output: Tensor, hq: Tensor) -> float:
-        raise AssertionError
-
-    def describe(self) -> dict[str, object]:
-        return {}
-
-
 def test_rank_sum_by_hand() -> None:
-    judges: list[Ranker] = [Named("up", True), Named("down", False), Named("equal", True)]
+    directions = {"up": True, "down": False, "equal": True}
+    judges = [Ranker(name, higher, "", lambda output, hq: 0.0) for name, higher in directions.items()]
     #        up: 30 20 20 10     down: 1 4 2 3       equal: all
     # ranks:      0 1.5 1.5 3          0 3 1 2              1.5 each
     table = [(30.0, 1.0, 7.0), (20.0, 4.0, 7.0), (20.0, 2.0, 7.0), (10.0, 3.0, 7.0)]

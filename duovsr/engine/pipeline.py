@@ -11,11 +11,12 @@ from types import TracebackType
 from typing import Generic, TypeVar
 
 Item = TypeVar("Item")
-_END = object()
 
 
-class _Failure:
-    def __init__(self, error: BaseException) -> None:
+class _End:
+    """The last thing in a queue, with the error that ended its thread, if one did."""
+
+    def __init__(self, error: BaseException | None = None) -> None:
         self.error = error
 
 
@@ -42,7 +43,7 @@ def prefetch(items: Iterable[Item], depth: int) -> Iterator[Iterator[Item]]:
 
     When the context is left, however it is left, the thread has ended and `items` may be closed.
     """
-    ahead: queue.SimpleQueue[object] = queue.SimpleQueue()  # never full: the end and a failure always get through
+    ahead: queue.SimpleQueue[Item | _End] = queue.SimpleQueue()  # never full: the end always gets through
     room = threading.Semaphore(depth)
     stopped = threading.Event()
 
@@ -60,16 +61,16 @@ def prefetch(items: Iterable[Item], depth: int) -> Iterator[Iterator[Item]]:
             for item in items:
                 if not offer(item):
                     return
-            ahead.put(_END)
+            ahead.put(_End())
         except BaseException as error:  # noqa: BLE001 - handed over to the consumer, who raises it
-            ahead.put(_Failure(error))
+            ahead.put(_End(error))
 
     def received() -> Iterator[Item]:
-        while (item := ahead.get()) is not _END:
-            if isinstance(item, _Failure):
-                raise item.error
+        while not isinstance(item := ahead.get(), _End):
             room.release()
-            yield item  # type: ignore[misc]
+            yield item
+        if item.error is not None:
+            raise item.error
 
     thread = threading.Thread(target=work, name="duovsr-decode", daemon=True)
     try:
@@ -93,7 +94,7 @@ class BackgroundSink(Generic[Item]):
 
     def __init__(self, consume: Callable[[Item], None], depth: int) -> None:
         self._consume = consume
-        self._queue: queue.SimpleQueue[Item | object] = queue.SimpleQueue()  # never full: the end always gets through
+        self._queue: queue.SimpleQueue[Item | _End] = queue.SimpleQueue()  # never full: the end always gets through
         self._room = threading.Semaphore(depth)
         self._error: BaseException | None = None
         self._dropped = threading.Event()
@@ -115,7 +116,7 @@ class BackgroundSink(Generic[Item]):
         if error is not None:
             self._dropped.set()
         try:
-            self._queue.put(_END)
+            self._queue.put(_End())
             self._thread.join()
         except BaseException:  # Ctrl-C while waiting: the thread must end before the file is closed under it
             self._dropped.set()
@@ -125,11 +126,11 @@ class BackgroundSink(Generic[Item]):
             raise self._error
 
     def _work(self) -> None:
-        while (item := self._queue.get()) is not _END:
+        while not isinstance(item := self._queue.get(), _End):
             self._room.release()
             if self._dropped.is_set() or self._error is not None:
                 continue  # keep the queue moving, so that `put` never waits for ever
             try:
-                self._consume(item)  # type: ignore[arg-type]
+                self._consume(item)
             except BaseException as error:  # noqa: BLE001 - raised again by `put` or on leaving
                 self._error = error

@@ -7,7 +7,6 @@ but below the truth's own value it is blur.
 from __future__ import annotations
 
 from statistics import fmean
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -19,13 +18,6 @@ from duovsr.metrics.meter import Pixels, Unmeasurable, resized
 
 E_WARP_SCALE = 1e3
 MIN_SIDE = 16  # OpenCV refuses frames that its coarsest patches do not fit in
-
-
-class FlowEstimator(Protocol):
-    """Optical flow from one frame to the next."""
-
-    def __call__(self, this: Pixels, following: Pixels) -> Tensor:
-        """Flow in pixels, float32 (2, H, W), x first: what is at p in `this` is at p + flow(p) in `following`."""
 
 
 class DisFlow:
@@ -43,6 +35,7 @@ class DisFlow:
         self._dis = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
 
     def __call__(self, this: Pixels, following: Pixels) -> Tensor:
+        """Flow in pixels, float32 (2, H, W), x first: what is at p in `this` is at p + flow(p) in `following`."""
         if min(this.shape[:2]) < MIN_SIDE:
             raise Unmeasurable(f"DIS optical flow needs at least {MIN_SIDE}x{MIN_SIDE} pixels")
         start: NDArray[np.float32] = np.zeros((*this.shape[:2], 2), np.float32)
@@ -56,7 +49,7 @@ class WarpingMeter:
     A reference of another size (the LQ clip) is first resized to the output's.
     """
 
-    def __init__(self, flow: FlowEstimator) -> None:
+    def __init__(self, flow: DisFlow) -> None:
         self._flow = flow
         self._previous: tuple[Pixels, Pixels] | None = None
         self._errors: list[float] = []

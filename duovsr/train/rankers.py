@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,29 +38,9 @@ _QUANTISATION = 2e-5  # what rounding to 8 bits adds to `_high_band`
 Score = Callable[[Tensor, Tensor], float]
 
 
-class Ranker(Protocol):
-    """Judges a candidate; comparable only between candidates of the same clip."""
-
-    @property
-    def name(self) -> str:
-        """Unique in a run."""
-
-    @property
-    def higher_is_better(self) -> bool: ...
-
-    def __call__(self, output: Tensor, hq: Tensor) -> float:
-        """Score of frames `output` given the truth `hq`, each (1, 3, T, H, W) in [-1, 1], float32, on any device.
-
-        Raises `Unmeasurable` for a clip that is too small, short or flat, `TrainError` for output that is not finite.
-        """
-
-    def describe(self) -> dict[str, object]:
-        """What made the scores, for the record: plain values that JSON can hold."""
-
-
 @dataclass(frozen=True)
-class _Scorer:
-    """A `Ranker` around a `score(output, hq)`."""
+class Ranker:
+    """Judges a candidate; comparable only between candidates of the same clip. Names are unique in a run."""
 
     name: str
     higher_is_better: bool
@@ -71,12 +51,17 @@ class _Scorer:
     weights: str | None = None
 
     def __call__(self, output: Tensor, hq: Tensor) -> float:
+        """Score of frames `output` given the truth `hq`, each (1, 3, T, H, W) in [-1, 1], float32, on any device.
+
+        Raises `Unmeasurable` for a clip that is too small, short or flat, `TrainError` for output that is not finite.
+        """
         assert output.shape == hq.shape and output.dim() == 5 and output.shape[:2] == (1, 3), (output.shape, hq.shape)
         if not output.isfinite().all():  # would pass unseen: 8-bit pixels have no NaN
             raise TrainError(f"a candidate that `{self.name}` was to judge is not finite")
         return self.score(*(frames.float().clamp(-1, 1) for frames in (output, hq)))  # as a file would hold them
 
     def describe(self) -> dict[str, object]:
+        """What made the scores, for the record: plain values that JSON can hold."""
         return {
             "package": self.package,
             "version": _version(self.package),
@@ -158,7 +143,7 @@ def _every(frames: int, usual: int) -> int:
 def _vmaf() -> Ranker:
     model = vmaf.load_model()
     score = _metered(lambda count: vmaf.VmafMeter(model, _every(count, vmaf.EVERY)))
-    return _Scorer("vmaf", True, f"0..100, {_SAMPLED}", score, package="vmaf-torch", weights="v0.6.1, of the package")
+    return Ranker("vmaf", True, f"0..100, {_SAMPLED}", score, package="vmaf-torch", weights="v0.6.1, of the package")
 
 
 def _niqe(path: str) -> Ranker:
@@ -171,7 +156,7 @@ def _niqe(path: str) -> Ranker:
         path = cached
     parameters = niqe.load_parameters(Path(path))
     score = _metered(lambda n: FrameMeter(lambda frame, _: niqe.niqe(frame, parameters), _every(n, niqe.EVERY)))
-    return _Scorer("niqe", False, _SAMPLED, score, needs_truth=False, weights=f"{path}, sha256 {parameters.sha256}")
+    return Ranker("niqe", False, _SAMPLED, score, needs_truth=False, weights=f"{path}, sha256 {parameters.sha256}")
 
 
 def _detail(output: Tensor, hq: Tensor) -> float:
@@ -192,10 +177,10 @@ def _steady(output: Tensor, hq: Tensor) -> float:
 _SAMPLED = "of 8-bit frames, mean over four of them or more"
 _LUMA = "of BT.601 luma of 8-bit frames, mean over frames"
 _PLAIN = {
-    "psnr": _Scorer("psnr", True, f"dB, {_LUMA}", _metered(lambda _: FrameMeter(psnr_y))),
-    "ssim": _Scorer("ssim", True, f"at most 1, {_LUMA}", _metered(lambda _: FrameMeter(ssim_y))),
-    "detail": _Scorer("detail", True, "minus |log(energy / truth's)| of neighbouring pixels' differences", _detail),
-    "steady": _Scorer("steady", True, "minus mean | |next - this| - |truth's next - this| |, in [-1, 1]", _steady),
+    "psnr": Ranker("psnr", True, f"dB, {_LUMA}", _metered(lambda _: FrameMeter(psnr_y))),
+    "ssim": Ranker("ssim", True, f"at most 1, {_LUMA}", _metered(lambda _: FrameMeter(ssim_y))),
+    "detail": Ranker("detail", True, "minus |log(energy / truth's)| of neighbouring pixels' differences", _detail),
+    "steady": Ranker("steady", True, "minus mean | |next - this| - |truth's next - this| |, in [-1, 1]", _steady),
 }
 
 
@@ -221,7 +206,7 @@ def _learned(name: str, path: str, device: torch.device) -> Ranker:
         scores: Tensor = metric(*((clip[0].transpose(0, 1).to(device) + 1) / 2 for clip in clips))
         return scores.double().mean().item()
 
-    return _Scorer(name, not metric.lower_better, "mean over frames", score, needs_truth, "pyiqa", weights)
+    return Ranker(name, not metric.lower_better, "mean over frames", score, needs_truth, "pyiqa", weights)
 
 
 # Of DOVER's released `dover.yml`: its networks, the two views of a clip, and how its two scores become one.
@@ -270,7 +255,7 @@ def _dover(path: str, device: torch.device) -> Ranker:
         fused = sum((r.mean().item() - mean) / deviation * weight for r, (mean, deviation, weight) in parts)
         return 1 / (1 + math.exp(-fused))
 
-    return _Scorer("dover", True, "fused quality, 0..1", score, False, "dover", weights)
+    return Ranker("dover", True, "fused quality, 0..1", score, False, "dover", weights)
 
 
 def _check_weights(name: str, path: str) -> str:

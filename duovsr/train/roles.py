@@ -169,15 +169,13 @@ def decode(vae: Autoencoder, latents: Tensor, seen: Frames) -> Tensor:
     return frames
 
 
-def ode_solution(
-    model: nn.Module, eps: Tensor, z_lq: Tensor, steps: int, shift: float, *, guidance: float = 0.0
-) -> Tensor:
+def ode_solution(model: nn.Module, eps: Tensor, z_lq: Tensor, steps: int, shift: float) -> Tensor:
     """Euler from sigma 1 to 0 on the shifted grid: the model's x0 for this noise."""
     grid = flow.shift_sigma(torch.linspace(1, 0, steps + 1, device=eps.device), shift)
     z = eps
     for sigma, following in pairwise(grid):
         at, to = sigma.expand(z.shape[0]), following.expand(z.shape[0])
-        z = flow.euler_step(z, guided_velocity(model, z, z_lq, at, guidance), at, to)
+        z = flow.euler_step(z, model(z, z_lq, at), at, to)
     return z
 
 
