@@ -23,11 +23,11 @@ from typing import Any
 import numpy as np
 import torch
 from measuring import RESULTS, PeakMemory, describe, milliseconds, summary, write_json
+from torch.utils.flop_counter import FlopCounterMode
 from workloads import PHASES, Workload, preset_of
 
 from duovsr.engine.bench import count_flops, random_model
 from duovsr.engine.chunks import cut_into_chunks
-from duovsr.engine.count import count
 from duovsr.engine.memory import release_memory, spendable, weight_bytes
 from duovsr.engine.plan import PAD_MULTIPLE, Plan, Precision, WeightBytes, plan_clip
 from duovsr.engine.precision import choose_device, choose_dtype, with_window
@@ -181,7 +181,7 @@ def count_frames(model: OneStepModel, size: tuple[int, int]) -> list[Row]:
 
     def transformer(frames: int) -> float:
         latents = torch.empty(1, 16, (frames + 6) // 4, *(side // 8 for side in plan.padded_size[::-1]), device="meta")
-        return count(lambda: model.generate(latents, 0, (0, 0, 0)))[1].flops / 1e12
+        return flops_of(lambda: model.generate(latents, 0, (0, 0, 0))) / 1e12
 
     rows = []
     for frames in FRAMES:
@@ -194,6 +194,13 @@ def count_frames(model: OneStepModel, size: tuple[int, int]) -> list[Row]:
             | {"tflop_as_one_clip": transformer(frames)}
         )
     return rows
+
+
+def flops_of(compute: Callable[[], object]) -> int:
+    """2 a multiplication and addition, of matrix products, convolutions and attention."""
+    with torch.inference_mode(), FlopCounterMode(display=False) as flops:
+        compute()
+    return flops.get_total_flops()
 
 
 def crossover(device: torch.device, small: bool, repeat: int) -> Row:
@@ -209,7 +216,7 @@ def crossover(device: torch.device, small: bool, repeat: int) -> Row:
 
     def flops(side: int) -> dict[str, int]:
         ways = both(side, torch.device("meta"), torch.bfloat16)
-        return {way: count(compute)[1].flops for way, compute in ways.items()}
+        return {way: flops_of(compute) for way, compute in ways.items()}
 
     counted = next(side for side in range(length, 4 * length) if flops(side)["window"] < flops(side)["full"])
     dtype, rows = choose_dtype("auto", device), []

@@ -54,9 +54,11 @@ class OutOfMemoryError(DuovsrError):
 
 
 class Interrupted(DuovsrError):
-    """Stopped as asked, with the work done so far kept."""
+    """Stopped as asked, with the work done so far kept. `exit_code`: 130 of SIGINT, 143 of SIGTERM and SIGHUP."""
 
-    exit_code = 130
+    def __init__(self, message: str, *, hint: str | None = None, exit_code: int = 130) -> None:
+        super().__init__(message, hint=hint)
+        self.exit_code = exit_code
 
 
 class TrainError(DuovsrError):

@@ -7,16 +7,16 @@ import re
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from duovsr.errors import UsageError
 
 PIPE = Path("-")  # as a source, standard input; as a target, standard output
 
 ColorTransfer = Literal["wavelet", "adain", "none"]
-COLOR_TRANSFERS: tuple[str, ...] = ("wavelet", "adain", "none")
+COLOR_TRANSFERS: tuple[str, ...] = get_args(ColorTransfer)
 Decoder = Literal["software", "nvdec"]
-DECODERS: tuple[str, ...] = ("software", "nvdec")
+DECODERS: tuple[str, ...] = get_args(Decoder)
 DTYPES: tuple[str, ...] = ("auto", "float32", "bfloat16", "float16", "int8", "fp8")
 VAES: tuple[str, ...] = ("wan", "tiny")
 

@@ -155,6 +155,10 @@ def test_what_is_trained_on_is_no_validation(training_pool: Path, tmp_path: Path
         (folder / "pool.json").write_text(json.dumps(record))
     with pytest.raises(UsageError, match="`b` is both trained and validated on"):
         run_stage("vae", tmp_path / "run", data=(pool,), held_out=(held_out,))
+    recipe = Job("recipe", tmp_path / "runs", data=(pool,), held_out=(held_out,), name="tiny")
+    with pytest.raises(UsageError, match="`b` is both trained and validated on"):
+        run_job(recipe, resolve(recipe, []))
+    assert not (tmp_path / "runs").exists()  # not after hours of the stages before
     (pool / "pool.json").write_text(json.dumps({"config": {"degradation": {}}, "sources": 2}))
     with pytest.raises(InputError, match="damaged training data"):
         run_stage("vae", tmp_path / "run", data=(pool,))

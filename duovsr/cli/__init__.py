@@ -24,7 +24,6 @@ _ClickUsageError: Any = typer.BadParameter.__base__  # typer's only public name 
 
 app = typer.Typer(
     add_completion=False,
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     help="One-step diffusion video super-resolution.",

@@ -46,9 +46,8 @@ def resumable(unfinished: Callable[[], bool]) -> Iterator[None]:
         message = str(stop) or ("interrupted" if goes_on else "interrupted; no output was written")
         # --restart would discard what is there.
         command = shlex.join(["duovsr", *(argument for argument in sys.argv[1:] if argument != "--restart")])
-        interrupted = Interrupted(message, hint=f"the same command goes on: {command}" if goes_on else None)
-        interrupted.exit_code = exit_code_of(stop)
-        raise interrupted from stop
+        hint = f"the same command goes on: {command}" if goes_on else None
+        raise Interrupted(message, hint=hint, exit_code=exit_code_of(stop)) from stop
 
 
 class StopRequest:

@@ -109,7 +109,7 @@ class Upscaler:
         `frames`: (H, W, 3) arrays or tensors, all of one size and type: uint8, uint16, or float32 in [0, 1]. Yields
         the same kind at the target size, one for one. Memory does not grow with their number. What `options` say of
         files (`start`, `end`, codecs, sound) has no effect here. Raises InputError where a frame differs in size or
-        type from the first, or has another type.
+        type from the first, or has another type; UsageError for options that cannot be; OutOfMemoryError.
         """
         options = options or UpscaleOptions()
         source = iter(frames)
@@ -133,7 +133,7 @@ class Upscaler:
         `destination` appears whole and verified, or not at all. Every frame keeps its pts; audio and other streams are
         copied. What is done is kept in `DESTINATION.duovsr/` until then: after a crash the same call goes on. When
         `should_stop` says so, the piece at work is finished, and `Interrupted` raised. Raises UsageError, InputError,
-        NoSpaceError or OutOfMemoryError (duovsr.errors).
+        NoSpaceError, OutOfMemoryError, or DuovsrError itself where the output cannot be written (duovsr.errors).
         """
         from duovsr.engine import files  # with PyAV, which frames in memory do not need
 

@@ -63,7 +63,8 @@ class Checkpoints:
         future = async_save(
             dict(state), checkpoint_id=path, process_group=self._group, no_dist=not dist.is_initialized()
         )
-        self._pending = path, future  # type: ignore[assignment]
+        assert isinstance(future, Future)  # as it is for the writer that runs in a thread
+        self._pending = path, future
 
     def wait(self) -> None:
         """Finish the write under way and point to it. Raises DuovsrError where it failed."""

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor
@@ -66,7 +67,7 @@ def joined(device: str) -> Iterator[World]:
     # that are gone are still there, and making a second group would wait for them.
     store, rank, size = next(rendezvous("env://"))
     attempt = f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}_{next(_joins)}"
-    store = dist.PrefixStore(attempt, store)  # type: ignore[attr-defined]
+    store = PrefixStore(attempt, store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=size)
     try:
         mesh = init_device_mesh(device, (dist.get_world_size(),))

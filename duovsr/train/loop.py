@@ -13,13 +13,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from tqdm import tqdm
 
-from duovsr.errors import TrainError
+from duovsr.errors import Interrupted, TrainError
 from duovsr.train.checkpoint import Checkpoints
 from duovsr.train.distributed import World, any_rank, full, local, mean_over_ranks, wait_for_all
 from duovsr.train.draws import Draws
@@ -30,14 +31,6 @@ from duovsr.train.runs import BEST, FINAL, save_atomically
 Metrics = dict[str, Tensor]
 StepFunction = Callable[[int], Metrics]
 Scores = dict[str, float]
-
-
-class Interrupted(TrainError):
-    """SIGINT (exit code 130), or SIGTERM or SIGHUP (143); the state is saved."""
-
-    def __init__(self, message: str, number: int) -> None:
-        super().__init__(message, hint="run the same command to go on")
-        self.exit_code = 130 if number == signal.SIGINT else 143
 
 
 class Ema:
@@ -146,8 +139,8 @@ def _clip(optimizer: torch.optim.Optimizer, limit: float) -> Tensor:
 @dataclass
 class Trained:
     """What a stage trains and leaves. `modules`: saved in checkpoints. `averaged`: those whose EMA the stage leaves.
-    `carried`: frozen modules that later stages need. `validate`: scores of the averaged weights (`score` is the one to
-    lower) and a picture strip is its own business."""
+    `carried`: frozen modules that later stages need. `validate` returns scores of the averaged weights, of which
+    `score` is to be lowered; it may write pictures."""
 
     modules: dict[str, nn.Module]
     optimizers: dict[str, torch.optim.Optimizer]
@@ -207,7 +200,9 @@ def run_loop(run: Run, trained: Trained, step_function: StepFunction) -> None:
                     checkpoints.save(_state(root, optimizers, emas, position, done), done)
                 if stopping:
                     checkpoints.wait()
-                    raise Interrupted(f"interrupted at step {done} of {total}; saved", stop.number)
+                    code = 130 if stop.number == signal.SIGINT else 143
+                    hint = "run the same command to go on"
+                    raise Interrupted(f"interrupted at step {done} of {total}; saved", hint=hint, exit_code=code)
                 if exhausted:
                     break
     save_atomically(_left(trained, emas), run.out / FINAL, world)
@@ -287,7 +282,7 @@ def _state(
     emas: Mapping[str, Ema],
     position: _Position,
     step: int,
-) -> dict[str, object]:
+) -> dict[str, Any]:
     modules, optimizer_state = get_state_dict(root, optimizers)
     averages = {name: ema.values for name, ema in emas.items()}
     numbers = torch.tensor([step, position.since_best, position.best], dtype=torch.float64)
@@ -304,9 +299,8 @@ def _resume(
     state = _state(root, optimizers, emas, position, 0)
     if not checkpoints.load(state):
         return 0
-    set_state_dict(root, optimizers, model_state_dict=state["modules"], optim_state_dict=state["optimizers"])  # type: ignore[arg-type]
+    set_state_dict(root, optimizers, model_state_dict=state["modules"], optim_state_dict=state["optimizers"])
     numbers = state["position"]
-    assert isinstance(numbers, Tensor)
     position.since_best, position.best = int(numbers[1]), float(numbers[2])
     return int(numbers[0])
 

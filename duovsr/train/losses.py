@@ -147,9 +147,9 @@ class PatchDiscriminator(nn.Module):
     """Convolutional critic of frames beside their upsampled LQ and the change since the frame before, which tells
     flicker from motion; spectral norm keeps it from running away."""
 
-    def __init__(self, width: int = 48) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        widths = [9 * 4, width, 2 * width, 4 * width]
+        widths = [9 * 4, 48, 96, 192]
         layers: list[nn.Module] = [nn.PixelUnshuffle(2)]
         for i, (before, after) in enumerate(pairwise(widths)):
             stride = 1 if i == 0 else 2

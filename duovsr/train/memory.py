@@ -111,7 +111,7 @@ def plan(stage: str, preset: Preset, config: StageConfig, devices: int) -> dict[
 
 
 def _heads(preset: Preset, config: DualConfig) -> Heads:
-    return Heads(feature_channels(preset.transformer.dim, config.features), config.head_width, taps=3)
+    return Heads(feature_channels(preset.transformer.dim, config.features), config.head_width)
 
 
 def tokens(stage: StageConfig) -> tuple[int, int]:

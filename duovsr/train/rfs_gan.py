@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -10,10 +12,12 @@ from duovsr.train.roles import DiffusionModel, guided_velocity
 Features = tuple[Tensor, ...]
 
 
+_TAPS = (0.3, 0.6, 0.9)  # after 9, 18 and 27 of 30 blocks (paper, section 8)
+
+
 def tapped_blocks(depth: int) -> tuple[int, ...]:
-    """Blocks whose output is a feature, from 0: after 9, 18 and 27 of 30 (paper, section 8), the same fractions of
-    other depths."""
-    return tuple(max(1, round(fraction * depth)) - 1 for fraction in (0.3, 0.6, 0.9))
+    """Blocks whose output is a feature, from 0."""
+    return tuple(max(1, round(fraction * depth)) - 1 for fraction in _TAPS)
 
 
 def feature_channels(dim: int, used: str) -> int:
@@ -50,7 +54,7 @@ class ScorePair:
         features = tuple(torch.cat(list(pair)[chosen], dim=-1).movedim(-1, 1).float().contiguous() for pair in pairs)
         return v_real, v_fake, features
 
-    def _hook(self, name: str):  # type: ignore[no-untyped-def]
+    def _hook(self, name: str) -> Callable[[nn.Module, object, tuple[Tensor, object]], None]:
         def keep(module: nn.Module, arguments: object, output: tuple[Tensor, object]) -> None:
             if self._running:
                 self._kept[name].append(output[0])  # tokens (B, T, H, W, D)
@@ -62,7 +66,7 @@ class Heads(nn.Module):
     """A small convolutional head for each tap -> a map of logits each. The widths are ours; the paper says
     "convolutional heads"."""
 
-    def __init__(self, channels: int, width: int, taps: int) -> None:
+    def __init__(self, channels: int, width: int) -> None:
         super().__init__()
         self.heads = nn.ModuleList(
             nn.Sequential(
@@ -73,7 +77,7 @@ class Heads(nn.Module):
                 nn.LeakyReLU(0.2),
                 nn.Conv3d(width, 1, 3, padding=1),
             )
-            for _ in range(taps)
+            for _ in _TAPS
         )
 
     def forward(self, features: Features) -> list[Tensor]:

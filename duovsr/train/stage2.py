@@ -59,7 +59,7 @@ class DualStream:
         self.real_score = place(diffusion_model(preset, score, run, trained=False), world, config.dtype)
         self.scores = ScorePair(self.real_score, self.fake_score, config.features)
         channels = feature_channels(preset.transformer.dim, config.features)
-        self.heads = place(Heads(channels, config.head_width, taps=3), world)
+        self.heads = place(Heads(channels, config.head_width), world)
         self.student_optimizer = self._adam(self.student, config.learning_rate)
         self.fake_optimizer = self._adam(self.fake_score, config.fake_rate)
         self.head_optimizer = self._adam(self.heads, config.head_rate)
@@ -86,7 +86,7 @@ class DualStream:
             return self.scores(z0, torch.zeros_like(sigma), z_lq)[2]
         return self.scores(flow.add_noise(z0, eps, sigma), sigma, z_lq)[2]
 
-    def _clean_features(self, x0: Tensor, z_lq: Tensor, features: Features) -> Features:
+    def _student_features(self, x0: Tensor, z_lq: Tensor, features: Features) -> Features:
         """The student's features: those of the scores' pass, or for the ablation of section 8 of its clean output."""
         if self.config.discriminator_input == "clean":
             return self.scores(x0, torch.zeros(x0.shape[0], device=x0.device), z_lq)[2]
@@ -114,7 +114,7 @@ class DualStream:
             if not gan:
                 return diffusion, noted
             with torch.no_grad():
-                fake = tuple(f.detach() for f in self._clean_features(x0, z_lq, features))
+                fake = tuple(f.detach() for f in self._student_features(x0, z_lq, features))
             d_real, d_fake = self.heads(self._truth_features(z0, z_lq, sigma, eps)), self.heads(fake)
         heads = torch.stack([hinge_discriminator_loss(r, f) for r, f in zip(d_real, d_fake, strict=True)]).mean()
         noted |= {
@@ -146,7 +146,7 @@ class DualStream:
             loss = x0.new_zeros(())
             noted = {"error": (x0 - z0).square().mean()}
             if gan:
-                features = self._clean_features(x0, z_lq, features)
+                features = self._student_features(x0, z_lq, features)
                 adversarial = torch.stack([hinge_generator_loss(d) for d in self.heads(features)]).mean()
                 matching = matching_loss(features, self._truth_features(z0, z_lq, sigma, eps))
                 loss = config.gan_weight * adversarial + config.matching_weight * matching

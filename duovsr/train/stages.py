@@ -206,13 +206,12 @@ def _run_recipe(job: Job, configs: dict[str, StageConfig]) -> None:
 
 def _foresee(job: Job, configs: dict[str, StageConfig]) -> None:
     """Refuses what some stage of a recipe would: before hours of training, not after."""
-    pool, held_out = _open(job.data), _open(job.held_out) if job.held_out else None
+    pool = _open(job.data)
     has: set[str] = {"vae", "model"} if job.init else set()
     for stage, config in configs.items():
         if stage != "prefs":  # which takes one clip at a time
             micro_batch(config, _processes())
-        if isinstance(held_out, Pool):
-            held_out.require(config.crop, config.frames)
+        _held_out(job, config, pool)
         if isinstance(pool, Pool) and stage != "dpo":
             pool.require(config.crop, config.frames)
         elif isinstance(pool, PairPool) or stage in ("vae", "prefs", "refine"):

@@ -20,7 +20,7 @@ from duovsr.train.roles import Inputs
 STRIPS = "samples"
 _STRIP_ROWS = 4
 
-Restore = Callable[[Frames, Draws], Tensor]  # random numbers -> output
+Restore = Callable[[Frames, Draws], Tensor]  # LQ frames and random numbers -> restored frames
 
 
 class Validation:
@@ -78,7 +78,7 @@ class Validation:
 
 
 def write_strip(path: Path, rows: Sequence[Sequence[np.ndarray]]) -> None:
-    """A PNG of rows of equal pictures side by side: LQ, student, truth."""
+    """A PNG of rows of equal pictures side by side: LQ, output, truth."""
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(np.concatenate([np.concatenate(row, axis=1) for row in rows], axis=0)).save(path)
 
@@ -92,4 +92,4 @@ def _pixels(frames: Tensor) -> np.ndarray:
 
 def _high_band(pixels: np.ndarray) -> float:
     """Mean squared difference of neighbours in a row."""
-    return float(np.diff(pixels.astype(np.float32), axis=1).__pow__(2).mean())
+    return float(np.square(np.diff(pixels.astype(np.float32), axis=1)).mean())

@@ -9,7 +9,7 @@ import av
 
 from duovsr.errors import Remark, UsageError
 from duovsr.options import UpscaleOptions
-from duovsr.video.color import bit_depth, chroma_samples
+from duovsr.video.color import bit_depth, chroma_samples, has_alpha_channel
 from duovsr.video.encoder_options import Options, check_encoder, check_names, merge
 from duovsr.video.hdr import svtav1_parameters, x265_parameters
 from duovsr.video.info import HDRMetadata, VideoInfo
@@ -144,7 +144,7 @@ def choose_encoding(
     chosen, notices = _pix_fmt(entry, source, holds_alpha, width, height) if pix_fmt is None else (pix_fmt, [])
     if pix_fmt is not None:
         _check_pix_fmt(name, entry, pix_fmt, width, height)
-    alpha = source.has_alpha and holds_alpha and _has_alpha(chosen)
+    alpha = source.has_alpha and holds_alpha and has_alpha_channel(av.VideoFormat(chosen))
     if source.has_alpha and not alpha:
         notices.append(f"transparency is flattened on black: {name} in {format_name} ({chosen}) does not hold it")
     if source.bit_depth > 8 and bit_depth(av.VideoFormat(chosen)) == 8:
@@ -211,7 +211,7 @@ def _coarser_chroma(source: VideoInfo, encoding: Encoding, size: tuple[int, int]
         fmt
         for fmt in av.Codec(encoding.encoder, "w").video_formats or ()
         if fmt.name.startswith(("yuv4", "yuva4"))
-        and (bit_depth(fmt), _has_alpha(fmt.name)) == (bit_depth(chosen), encoding.alpha)
+        and (bit_depth(fmt), has_alpha_channel(fmt)) == (bit_depth(chosen), encoding.alpha)
         and chroma_samples(fmt) >= source.chroma_samples
     ]
     lossless = "--codec ffv1 in .mkv" if format_name in ("mov", "webm") else "--codec ffv1"
@@ -273,10 +273,6 @@ def _check_pix_fmt(name: str, entry: Codec, pix_fmt: str, width: int, height: in
     if entry.odd_pix_fmts is not None and odd:
         hint = f"use --pix-fmt {entry.odd_pix_fmts[bit_depth(chosen) > 8]}, or leave it out"
         raise UsageError(f"codec `{name}` cannot write {width}x{height} in `{pix_fmt}`", hint=hint)
-
-
-def _has_alpha(pix_fmt: str) -> bool:
-    return any(component.is_alpha for component in av.VideoFormat(pix_fmt).components)
 
 
 def _quality(name: str, entry: Codec, crf: int | None) -> dict[str, str]:

@@ -105,6 +105,10 @@ def picture_tags(picture: av.VideoFrame) -> ColorTags:
     return ColorTags(tags.primaries, tags.transfer, matrix, tags.range or by_format)
 
 
+def has_alpha_channel(pix_fmt: av.VideoFormat) -> bool:
+    return any(component.is_alpha for component in pix_fmt.components)
+
+
 def chroma_samples(pix_fmt: av.VideoFormat) -> Fraction:
     """Samples of colour a pixel: 1 in 4:4:4 and RGB, 1/4 in 4:2:0, 0 in gray."""
     if _is_gray(pix_fmt):

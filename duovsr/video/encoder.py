@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from array import array
 from contextlib import suppress
 from fractions import Fraction
@@ -18,6 +17,7 @@ from duovsr.errors import UsageError
 from duovsr.options import PIPE
 from duovsr.video.codecs import SVT_AV1_MAX_RATE, Encoding
 from duovsr.video.color import RgbToFrame, output_tags
+from duovsr.video.encoder_options import silence
 from duovsr.video.info import VideoInfo
 from duovsr.video.output import disk_errors
 from duovsr.video.reader import Frame
@@ -134,8 +134,8 @@ class VideoEncoder:
 
     def _add_stream(self, format_name: str) -> VideoStream:
         encoder, options, rate = self._encoding.encoder, self._encoding.options, self._rate
-        if encoder == "libsvtav1":  # it writes to stderr, and only the environment can stop it
-            os.environ.setdefault("SVT_LOG", "0")
+        silence(encoder)
+        if encoder == "libsvtav1":
             rate = min(rate, Fraction(SVT_AV1_MAX_RATE))
         try:
             stream = self._container.add_stream(encoder, rate=rate, options=options)

@@ -51,14 +51,19 @@ def check_names(encoder: str, given: Options) -> None:
             raise UsageError(f"encoder {encoder} has no option `{name}`", hint=hint)
 
 
+def silence(encoder: str) -> None:
+    """Before it is opened. SVT-AV1 writes to stderr, and only the environment can stop it."""
+    if encoder == "libsvtav1":
+        os.environ.setdefault("SVT_LOG", "0")
+
+
 def check_encoder(
     encoder: str, pix_fmt: str, width: int, height: int, options: Mapping[str, str], given: Options, hardware: bool
 ) -> None:
     """Opens the encoder for a moment. Raises `UsageError` where it refuses the `given` options among `options`, or is
     hardware that this machine does not have.
     """
-    if encoder == "libsvtav1":  # it writes to stderr, and only the environment can stop it
-        os.environ.setdefault("SVT_LOG", "0")
+    silence(encoder)
     context = CodecContext.create(encoder, "w")
     assert isinstance(context, VideoCodecContext)
     context.width, context.height, context.pix_fmt = width, height, pix_fmt

@@ -13,7 +13,7 @@ import av
 
 from duovsr.errors import InputError
 from duovsr.options import Position
-from duovsr.video.color import ColorTags, bit_depth, chroma_samples, picture_tags
+from duovsr.video.color import ColorTags, bit_depth, chroma_samples, has_alpha_channel, picture_tags
 from duovsr.video.container import codec_name, main_video, open_input
 from duovsr.video.sidedata import HDRMetadata, MasteringDisplay, SideData
 from duovsr.video.source import IMAGES_RATE, Source, open_source
@@ -134,7 +134,7 @@ def has_alpha(picture: av.VideoFrame, codec: str) -> bool:
     """Whether a picture's format has transparency; where every format does (palettes, GIF), whether the picture has."""
     if picture.format.has_palette or codec == "gif":
         return bool((picture.reformat(format="rgba").to_ndarray()[..., 3] < 255).any())
-    return any(component.is_alpha for component in picture.format.components)
+    return has_alpha_channel(picture.format)
 
 
 def has_fields(codec: str) -> bool:

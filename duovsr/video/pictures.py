@@ -13,7 +13,7 @@ from av.video.frame import VideoFrame
 from av.video.reformatter import VideoReformatter
 
 from duovsr.errors import Remark, UsageError
-from duovsr.video.color import bit_depth
+from duovsr.video.color import bit_depth, has_alpha_channel
 from duovsr.video.images import is_pattern, numbered_files, numbered_name
 from duovsr.video.output import disk_errors, fsync, fsync_folder, give_name, is_stamped, stamps_left
 
@@ -131,8 +131,8 @@ def _frames(pieces: Sequence[Piece]) -> Iterator[VideoFrame]:
 
 def _coded(frame: VideoFrame, suffix: str, aspect: Fraction | None) -> bytes:
     entry = FORMATS[suffix]
-    has_alpha = any(component.is_alpha for component in frame.format.components)
-    formats = entry.translucent if has_alpha else entry.opaque  # pieces hold no more than the format does
+    # Pieces hold no more than the format does.
+    formats = entry.translucent if has_alpha_channel(frame.format) else entry.opaque
     picture = VideoReformatter().reformat(frame, format=formats[bit_depth(frame.format) > 8])
     context = cast(av.VideoCodecContext, av.CodecContext.create(entry.encoder, "w"))
     context.width, context.height = frame.width, frame.height

@@ -1,38 +1,24 @@
-"""Counting what a computation takes, by running it on torch's meta device, where tensors have shapes but no values."""
+"""Counting the memory that a computation takes, by running it on the meta device: tensors with shapes, no values."""
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
-
-Result = TypeVar("Result")
 
 
-@dataclass(frozen=True)
-class Work:
-    """`flops`: 2 a multiplication and addition, of matrix products, convolutions and attention. `peak_bytes`: of the
-    tensors that were made and alive at once; not of kernels' own buffers, nor of what the allocator cannot use.
-    `most_elements`: of the largest tensor."""
-
-    flops: int
-    peak_bytes: int
-    most_elements: int
-
-
-def count(compute: Callable[[], Result]) -> tuple[Result, Work]:
-    """The result and the work of a computation; on real devices it is computed, too."""
+def count(compute: Callable[[], object]) -> tuple[int, int]:
+    """Bytes of the tensors that were made and alive at once, not of kernels' own buffers, nor of what the allocator
+    cannot use; and elements of the largest tensor. On real devices it is computed, too."""
     memory = _Memory()
-    with torch.inference_mode(), FlopCounterMode(display=False) as flops, memory:
-        result = compute()
-    return result, Work(flops.get_total_flops(), memory.peak, memory.most_elements)
+    with torch.inference_mode(), memory:
+        compute()
+    return memory.peak, memory.most_elements
 
 
 class _Memory(TorchDispatchMode):
