@@ -28,9 +28,7 @@ def train_base(run: Run, config: BaseConfig, inputs: Inputs) -> None:
         fill(base, inputs.weights("model"), preset)
     base.transformer.checkpointing = config.checkpointing
     place(base, run.world, config.dtype)
-    optimizer = torch.optim.AdamW(
-        base.parameters(), config.learning_rate, (config.beta1, config.beta2), weight_decay=config.weight_decay
-    )
+    optimizer = run.adam(base, config.learning_rate)
     train_latents = inputs.latents(run, vae)
 
     def loss_of(draws: Draws, source: LatentSource = train_latents) -> tuple[Tensor, Metrics]:

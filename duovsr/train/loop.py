@@ -93,6 +93,11 @@ class Run:
         enabled = self.config.dtype == "bfloat16"
         return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
 
+    def adam(self, module: nn.Module, rate: float) -> torch.optim.AdamW:
+        config = self.config
+        betas = (config.beta1, config.beta2)
+        return torch.optim.AdamW(module.parameters(), rate, betas, weight_decay=config.weight_decay)
+
     def micro_batches(self, step: int, part: int = 0) -> Iterator[Draws]:
         """This rank's share of the samples of update `part` of a step."""
         config, world = self.config, self.world

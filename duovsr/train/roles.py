@@ -24,6 +24,7 @@ from duovsr.model.tiny_vae import TinyVAE
 from duovsr.model.transformer import Transformer
 from duovsr.options import Preset
 from duovsr.train.data import Frames, LatentPool, Latents, PairPool, Pool, sharpness
+from duovsr.train.distributed import place
 from duovsr.train.draws import Draws
 from duovsr.train.loop import Run
 from duovsr.train.options import StageConfig
@@ -120,6 +121,11 @@ def diffusion_model(preset: Preset, weights: Mapping[str, Tensor], run: Run, *, 
     # Frozen ones too: the student's gradient passes through the score models.
     model.transformer.checkpointing = run.config.checkpointing
     return model if trained else frozen(model)
+
+
+def placed_model(preset: Preset, weights: Mapping[str, Tensor], run: Run, *, trained: bool) -> DiffusionModel:
+    """On the run's devices, sharded where it is, and computing in its dtype."""
+    return place(diffusion_model(preset, weights, run, trained=trained), run.world, run.config.dtype)
 
 
 def fill(module: Module, weights: Mapping[str, Tensor], preset: Preset, *, assign: bool = False) -> Module:

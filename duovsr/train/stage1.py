@@ -6,22 +6,20 @@ import torch
 from torch import Tensor, nn
 
 from duovsr.model import flow
-from duovsr.train.distributed import local, place
+from duovsr.train.distributed import local
 from duovsr.train.draws import Draws
 from duovsr.train.loop import Metrics, Run, Trained, forget, run_loop
 from duovsr.train.options import CFGConfig, ProgressiveConfig
-from duovsr.train.roles import Inputs, LatentSource, diffusion_model, guided_velocity, ode_restore
+from duovsr.train.roles import Inputs, LatentSource, guided_velocity, ode_restore, placed_model
 from duovsr.train.validation import Validation
 
 
 def train_cfg(run: Run, config: CFGConfig, inputs: Inputs) -> None:
     """Distil guidance (eq. 4): one call of the student does what two of the teacher do. Leaves `vae` and `model`."""
     vae, preset = inputs.autoencoder(run), inputs.preset
-    teacher = place(diffusion_model(preset, inputs.weights("model"), run, trained=False), run.world, config.dtype)
-    student = place(diffusion_model(preset, inputs.weights("model"), run, trained=True), run.world, config.dtype)
-    optimizer = torch.optim.AdamW(
-        student.parameters(), config.learning_rate, (config.beta1, config.beta2), weight_decay=config.weight_decay
-    )
+    teacher = placed_model(preset, inputs.weights("model"), run, trained=False)
+    student = placed_model(preset, inputs.weights("model"), run, trained=True)
+    optimizer = run.adam(student, config.learning_rate)
     train_latents = inputs.latents(run, vae)
 
     def loss_of(draws: Draws, source: LatentSource = train_latents) -> tuple[Tensor, Metrics]:
@@ -70,12 +68,10 @@ def train_progressive(run: Run, config: ProgressiveConfig, inputs: Inputs) -> No
     """
     vae, preset = inputs.autoencoder(run), inputs.preset
     weights = inputs.weights("model")
-    score = place(diffusion_model(preset, weights, run, trained=False), run.world, config.dtype)
-    teacher = place(diffusion_model(preset, weights, run, trained=False), run.world, config.dtype)
-    student = place(diffusion_model(preset, weights, run, trained=True), run.world, config.dtype)
-    optimizer = torch.optim.AdamW(
-        student.parameters(), config.learning_rate, (config.beta1, config.beta2), weight_decay=config.weight_decay
-    )
+    score = placed_model(preset, weights, run, trained=False)
+    teacher = placed_model(preset, weights, run, trained=False)
+    student = placed_model(preset, weights, run, trained=True)
+    optimizer = run.adam(student, config.learning_rate)
     train_latents = inputs.latents(run, vae)
 
     def loss_of(draws: Draws, n: int) -> tuple[Tensor, Metrics]:

@@ -17,7 +17,7 @@ from duovsr.train.loop import Metrics, Run, Trained, run_loop
 from duovsr.train.losses import hinge_discriminator_loss, hinge_generator_loss
 from duovsr.train.options import DualConfig
 from duovsr.train.rfs_gan import Features, Heads, ScorePair, feature_channels
-from duovsr.train.roles import Inputs, diffusion_model, ode_restore, one_step
+from duovsr.train.roles import Inputs, ode_restore, one_step, placed_model
 from duovsr.train.validation import Validation
 
 
@@ -53,21 +53,16 @@ class DualStream:
         self.source = inputs.latents(run, self.vae)
         score = inputs.weights("score" if inputs.has("score") else "model")
         torch.manual_seed(config.seed)
-        preset, world = self.preset, run.world
-        self.student = place(diffusion_model(preset, inputs.weights("model"), run, trained=True), world, config.dtype)
-        self.fake_score = place(diffusion_model(preset, score, run, trained=True), world, config.dtype)
-        self.real_score = place(diffusion_model(preset, score, run, trained=False), world, config.dtype)
+        preset = self.preset
+        self.student = placed_model(preset, inputs.weights("model"), run, trained=True)
+        self.fake_score = placed_model(preset, score, run, trained=True)
+        self.real_score = placed_model(preset, score, run, trained=False)
         self.scores = ScorePair(self.real_score, self.fake_score, config.features)
         channels = feature_channels(preset.transformer.dim, config.features)
-        self.heads = place(Heads(channels, config.head_width), world)
-        self.student_optimizer = self._adam(self.student, config.learning_rate)
-        self.fake_optimizer = self._adam(self.fake_score, config.fake_rate)
-        self.head_optimizer = self._adam(self.heads, config.head_rate)
-
-    def _adam(self, module: nn.Module, rate: float) -> torch.optim.AdamW:
-        config = self.config
-        betas = (config.beta1, config.beta2)
-        return torch.optim.AdamW(module.parameters(), rate, betas, weight_decay=config.weight_decay)
+        self.heads = place(Heads(channels, config.head_width), run.world)
+        self.student_optimizer = run.adam(self.student, config.learning_rate)
+        self.fake_optimizer = run.adam(self.fake_score, config.fake_rate)
+        self.head_optimizer = run.adam(self.heads, config.head_rate)
 
     def streams(self, step: int) -> tuple[bool, bool]:
         """Whether DMD and the GAN are on at a step (Table 4)."""

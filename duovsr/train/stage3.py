@@ -17,12 +17,11 @@ from duovsr.errors import InputError, TrainError
 from duovsr.metrics.meter import Unmeasurable
 from duovsr.model import flow
 from duovsr.train.data import PAIRS, PAIRS_RECORD, Frames, new_array
-from duovsr.train.distributed import place
 from duovsr.train.draws import Draws
 from duovsr.train.loop import Metrics, Run, Trained, run_loop
 from duovsr.train.options import DPOConfig, PrefsConfig
 from duovsr.train.rankers import make_rankers, rank_sum
-from duovsr.train.roles import Inputs, decode, diffusion_model, digest, encode, ode_restore, one_step
+from duovsr.train.roles import Inputs, decode, diffusion_model, digest, encode, ode_restore, one_step, placed_model
 from duovsr.train.validation import Validation
 from duovsr.weights import atomic_file
 
@@ -153,11 +152,9 @@ def train_dpo(run: Run, config: DPOConfig, inputs: Inputs) -> None:
     """Flow DPO with shared noise and timestep in a pair. Leaves `vae` and `model`."""
     vae, preset = inputs.autoencoder(run), inputs.preset
     pairs = inputs.pairs(vae)
-    reference = place(diffusion_model(preset, inputs.weights("model"), run, trained=False), run.world, config.dtype)
-    student = place(diffusion_model(preset, inputs.weights("model"), run, trained=True), run.world, config.dtype)
-    optimizer = torch.optim.AdamW(
-        student.parameters(), config.learning_rate, (config.beta1, config.beta2), weight_decay=config.weight_decay
-    )
+    reference = placed_model(preset, inputs.weights("model"), run, trained=False)
+    student = placed_model(preset, inputs.weights("model"), run, trained=True)
+    optimizer = run.adam(student, config.learning_rate)
 
     def loss_of(draws: Draws) -> tuple[Tensor, Metrics]:
         z_lq, chosen, rejected = pairs.batch(draws)

@@ -43,9 +43,7 @@ def train_vae(run: Run, config: VAEConfig, inputs: Inputs) -> None:
     else:
         vae.apply(_begin)
     place(vae, run.world)
-    optimizer = torch.optim.AdamW(
-        vae.parameters(), config.learning_rate, (config.beta1, config.beta2), weight_decay=config.weight_decay
-    )
+    optimizer = run.adam(vae, config.learning_rate)
     moments: list[Tensor] = []
     motion = MotionEstimator.maybe(config.temporal_weight)
 
