@@ -16,8 +16,7 @@ from duovsr.errors import Remark, UsageError
 from duovsr.options import Position, UpscaleOptions
 from duovsr.video.images import image_files, numbered_files, numbered_name
 from duovsr.video.info import probe
-from duovsr.video.output import check_target
-from duovsr.video.pictures import FORMATS
+from duovsr.video.output import FORMATS, check_target
 from tests.clips import Clip, picture, translucent, write_clip
 
 SIZE = (32, 24)

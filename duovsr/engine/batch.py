@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Literal
 from duovsr.errors import DuovsrError, InputError, Interrupted, NoSpaceError, UsageError
 from duovsr.options import PIPE, Progress, UpscaleOptions
 from duovsr.video.images import IMAGE_SUFFIXES, VIDEO_SUFFIXES, is_pattern, is_sequence, listed, natural_order
-from duovsr.video.output import CONTAINERS, JOB_SUFFIX, PICTURES, disk_errors, is_left_behind
+from duovsr.video.output import CONTAINERS, FORMATS, JOB_SUFFIX, disk_errors, is_left_behind
 
 if TYPE_CHECKING:
     from duovsr.engine.files import UpscaleReport
     from duovsr.engine.upscaler import Upscaler
 
-_WRITTEN = (*CONTAINERS, *PICTURES)
+_WRITTEN = (*CONTAINERS, *FORMATS)
 
 
 @dataclass(frozen=True)

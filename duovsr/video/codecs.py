@@ -13,8 +13,7 @@ from duovsr.video.color import bit_depth, chroma_samples, has_alpha_channel
 from duovsr.video.encoder_options import Options, check_encoder, check_names, merge
 from duovsr.video.hdr import svtav1_parameters, x265_parameters
 from duovsr.video.info import HDRMetadata, VideoInfo
-from duovsr.video.output import CONTAINERS, Target
-from duovsr.video.pictures import FORMATS
+from duovsr.video.output import CONTAINERS, FORMATS, Target
 
 
 @dataclass(frozen=True)

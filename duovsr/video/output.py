@@ -18,7 +18,34 @@ CONTAINERS: dict[str, str] = {".mp4": "mp4", ".mkv": "matroska", ".mov": "mov", 
 JOB_SUFFIX = ".duovsr"  # of the folder beside a target that holds its unfinished work
 PUBLISHING = "publishing"  # in that folder: the stamps of finished files that have their names, or were about to
 ENDED = "ended"  # what that file becomes once they all have: the rest of the folder is only to be deleted
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp")
+
+
+@dataclass(frozen=True)
+class PictureFormat:
+    """An encoder with its pixel formats: for 8 bit and, where it holds more, for 16."""
+
+    encoder: str
+    opaque: tuple[str, ...]
+    translucent: tuple[str, ...] = ()
+    holds_aspect: bool = True  # of the pixels
+
+    @property
+    def bit_depth(self) -> int:
+        return 8 * len(self.opaque)
+
+
+_TIFF = PictureFormat("tiff", ("rgb24", "rgb48le"), ("rgba", "rgba64le"))
+_JPEG = PictureFormat("mjpeg", ("yuvj444p",))
+
+FORMATS: dict[str, PictureFormat] = {  # of images
+    ".png": PictureFormat("png", ("rgb24", "rgb48be"), ("rgba", "rgba64be")),
+    ".tif": _TIFF,
+    ".tiff": _TIFF,
+    ".webp": PictureFormat("libwebp", ("bgra",), ("bgra",), holds_aspect=False),
+    ".bmp": PictureFormat("bmp", ("bgr24",), holds_aspect=False),  # its fourth byte is one that readers ignore
+    ".jpg": _JPEG,
+    ".jpeg": _JPEG,
+}
 
 
 @dataclass(frozen=True)
@@ -40,7 +67,7 @@ def target_of(destination: Path, codec: str | None = None) -> Target:
         return Target(destination, "pipe", "yuv4mpegpipe" if codec is None else "nut")
     if suffix in CONTAINERS:
         return Target(destination, "video", CONTAINERS[suffix])
-    if suffix in PICTURES:
+    if suffix in FORMATS:
         return Target(destination, "images" if is_pattern(destination) else "image", "matroska")
     pattern = "out/%05d.png" if suffix else destination / "%05d.png"  # a folder may be meant
     hint = f"use one of {', '.join(CONTAINERS)}, an image such as out.png, a pattern such as {pattern}, or -"

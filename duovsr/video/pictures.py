@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -15,39 +14,12 @@ from av.video.reformatter import VideoReformatter
 from duovsr.errors import Remark, UsageError
 from duovsr.video.color import bit_depth, has_alpha_channel
 from duovsr.video.images import is_pattern, numbered_files, numbered_name
-from duovsr.video.output import disk_errors, fsync, fsync_folder, give_name, is_stamped, stamps_left
+from duovsr.video.output import FORMATS, disk_errors, fsync, fsync_folder, give_name, is_stamped, stamps_left
+from duovsr.video.reader import Frame
 
-if TYPE_CHECKING:  # it imports `codecs`, which asks here what a format can hold
+if TYPE_CHECKING:  # it asks here for a rehearsal
     from duovsr.video.mux import Piece
-    from duovsr.video.reader import Frame
 
-
-@dataclass(frozen=True)
-class PictureFormat:
-    """An encoder with its pixel formats: for 8 bit and, where it holds more, for 16."""
-
-    encoder: str
-    opaque: tuple[str, ...]
-    translucent: tuple[str, ...] = ()
-    holds_aspect: bool = True  # of the pixels
-
-    @property
-    def bit_depth(self) -> int:
-        return 8 * len(self.opaque)
-
-
-_TIFF = PictureFormat("tiff", ("rgb24", "rgb48le"), ("rgba", "rgba64le"))
-_JPEG = PictureFormat("mjpeg", ("yuvj444p",))
-
-FORMATS: dict[str, PictureFormat] = {
-    ".png": PictureFormat("png", ("rgb24", "rgb48be"), ("rgba", "rgba64be")),
-    ".tif": _TIFF,
-    ".tiff": _TIFF,
-    ".webp": PictureFormat("libwebp", ("bgra",), ("bgra",), holds_aspect=False),
-    ".bmp": PictureFormat("bmp", ("bgr24",), holds_aspect=False),  # its fourth byte is one that readers ignore
-    ".jpg": _JPEG,
-    ".jpeg": _JPEG,
-}
 _OPTIONS = {"libwebp": {"lossless": "0", "quality": "95"}, "mjpeg": {"q": "2", "qmin": "1"}}
 
 
