@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from duovsr.train.journal import note_settings
 from duovsr.train.loop import Run
 from duovsr.train.options import DualConfig, ExportConfig, ProgressiveConfig, StageConfig
 from duovsr.train.recipes import RECIPES
-from duovsr.train.roles import ode_solution
+from duovsr.train.roles import guided_velocity, ode_solution
 from duovsr.train.runs import load_weights
 from duovsr.train.sources import sharpness as exact_sharpness
 from duovsr.train.stages import Job, resolve, run_job
@@ -117,8 +118,10 @@ class StraightFlow(nn.Module):
 @pytest.mark.parametrize("steps", [1, 4])
 def test_the_ode_of_a_straight_flow_ends_in_the_data(steps: int) -> None:
     x0, eps = torch.randn(2, 2, 4, 3, 5, 5)
-    solution = ode_solution(StraightFlow(x0), eps, x0, steps, shift=2.0)
-    torch.testing.assert_close(solution, x0, rtol=0, atol=1e-5)
+    for guidance in (0.0, 1.5):
+        guided = partial(guided_velocity, StraightFlow(x0), guidance=guidance)
+        solution = ode_solution(guided, eps, x0, steps, shift=2.0)
+        torch.testing.assert_close(solution, x0, rtol=0, atol=1e-5)
 
 
 # The stages

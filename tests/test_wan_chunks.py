@@ -106,9 +106,9 @@ def test_scenes_are_whole_up_to_their_cut(smooth: Upscaler, first: int) -> None:
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
 def test_a_fade_rounds_once(dtype: type[np.unsignedinteger]) -> None:
-    before, after = np.full((2, 1, 1, 3), 100, dtype), [np.full((1, 1, 3), value, dtype) for value in (105, 104)]
+    before, after = np.full((2, 1, 1, 3), 100, dtype), [np.full((1, 1, 3), value, dtype) for value in (110, 104)]
     faded = cross_fade(Tail(torch.from_numpy(before)), after)
-    assert [int(frame[0, 0, 0]) for frame in faded] == [102, 103]
+    assert [int(frame[0, 0, 0]) for frame in faded] == [103, 103]
     assert all(frame.dtype == dtype for frame in faded)
 
 

@@ -11,8 +11,7 @@ from duovsr.train.roles import DiffusionModel, guided_velocity
 
 Features = tuple[Tensor, ...]
 
-
-_TAPS = (0.3, 0.6, 0.9)  # after 9, 18 and 27 of 30 blocks (paper, section 8)
+_TAPS = (0.3, 0.6, 0.9)  # of a model's depth: after 9, 18 and 27 of 30 blocks (paper, section 8)
 
 
 def tapped_blocks(depth: int) -> tuple[int, ...]:
