@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -12,6 +13,9 @@ from typing import Any
 import av
 import numpy as np
 from av.video.reformatter import Interpolation
+
+from duovsr.video.info import VideoInfo, describe, first_picture
+from duovsr.video.source import open_source
 
 AUDIO_RATE = 48000
 
@@ -241,3 +245,9 @@ def click_times(path: Path) -> list[float]:
     times, weights = np.array(heard).T
     clicks = np.split(np.arange(len(times)), np.flatnonzero(np.diff(times) > 0.1) + 1)
     return [float(np.average(times[click], weights=weights[click])) for click in clicks]
+
+
+def probe(path: Path) -> VideoInfo:
+    """What a clip, or a sequence of images, says of itself."""
+    with closing(open_source(path)) as source:
+        return describe(source, first_picture(source, source.pictures()))

@@ -10,14 +10,14 @@ from typing import Any
 import av
 
 from duovsr.video.codecs import choose_encoding
+from duovsr.video.container import main_video
 from duovsr.video.encoder import VideoEncoder
-from duovsr.video.info import main_video
 from duovsr.video.mux import Piece, join_pieces, rehearse
 from duovsr.video.output import publish, target_of
 from duovsr.video.reader import Frame, VideoReader
-from duovsr.video.remux import StreamCopier, Window
+from duovsr.video.remux import StreamCopier
 from duovsr.video.verify import verify_output
-from duovsr.video.window import WHOLE
+from duovsr.video.window import WHOLE, Window
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,9 @@ import numpy as np
 import pytest
 
 from duovsr import UpscaleOptions
-from duovsr.video.info import probe
 from duovsr.video.reader import VideoReader
 from tests.bicubic import bicubic
-from tests.clips import Clip, picture, start_time, video_times, write_clip
+from tests.clips import Clip, picture, probe, start_time, video_times, write_clip
 
 VFR = (0, 512, 1024, 2560, 2816, 3072, 7168, 7680, 12800, 13000, 13500, 14000)
 LATE = range(36000, 36000 + 12 * 512, 512)

@@ -17,11 +17,10 @@ from PIL import Image
 from duovsr import UpscaleOptions, Upscaler
 from duovsr.errors import DuovsrError, NoSpaceError, UsageError
 from duovsr.options import Position, Progress
-from duovsr.video.info import probe
 from duovsr.video.output import FORMATS
 from duovsr.video.reader import VideoReader
 from tests.bicubic import bicubic
-from tests.clips import Clip, frame_hashes, packet_hashes, picture, start_time, video_times, write_clip
+from tests.clips import Clip, frame_hashes, packet_hashes, picture, probe, start_time, video_times, write_clip
 
 LOSSLESS = UpscaleOptions(scale=2, codec="ffv1")
 

@@ -194,7 +194,7 @@ def test_a_fault_of_the_code_stays_one() -> None:
 def test_a_checkpoint_that_fails_is_named_and_the_one_before_stays(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    checkpoints = Checkpoints(tmp_path, keep=2)
+    checkpoints = Checkpoints(tmp_path, 2, World(0, 1, torch.device("cpu")))
     checkpoints.save({"step": torch.ones(1)}, 1)
     checkpoints.wait()
 

@@ -16,8 +16,9 @@ from duovsr.errors import UsageError
 from duovsr.video import codecs
 from duovsr.video.codecs import CODECS, Encoding, choose_encoding
 from duovsr.video.color import ColorTags
-from duovsr.video.info import HDRMetadata, MasteringDisplay, VideoInfo, probe
-from tests.clips import coded_pictures
+from duovsr.video.info import VideoInfo
+from duovsr.video.sidedata import HDRMetadata, MasteringDisplay
+from tests.clips import coded_pictures, probe
 
 HDR = HDRMetadata(
     MasteringDisplay(

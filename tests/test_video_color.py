@@ -19,8 +19,8 @@ from duovsr.video.color import (
     matrix_by_size,
     output_tags,
 )
-from duovsr.video.info import probe
 from duovsr.video.reader import VideoReader
+from tests.clips import probe
 from tests.pieces import copy_clip
 
 UNTAGGED = ColorTags(2, 2, 2, 0)

@@ -12,9 +12,9 @@ import pytest
 from duovsr.errors import Remark, UsageError
 from duovsr.options import UpscaleOptions
 from duovsr.video.codecs import Encoding, encoding_for
-from duovsr.video.info import VideoInfo, probe
+from duovsr.video.info import VideoInfo
 from duovsr.video.output import target_of
-from tests.clips import Clip, write_clip
+from tests.clips import Clip, probe, write_clip
 from tests.test_video_codecs import source
 
 

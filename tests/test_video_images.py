@@ -16,8 +16,8 @@ from PIL import Image
 from duovsr.errors import InputError, UsageError
 from duovsr.options import PIPE, Position
 from duovsr.video.images import image_files, is_sequence, kind_of
-from duovsr.video.info import probe
 from duovsr.video.reader import Frame, VideoReader
+from tests.clips import probe
 
 SIZE = (64, 48)
 

@@ -19,8 +19,9 @@ from PIL import Image
 
 from duovsr.errors import InputError
 from duovsr.options import UpscaleOptions
-from duovsr.video.info import ColorTags, probe
+from duovsr.video.color import ColorTags
 from duovsr.video.reader import VideoReader
+from tests.clips import probe
 
 
 def write_sound(path: Path, cover: bool) -> None:

@@ -15,10 +15,9 @@ from duovsr.options import PIPE
 from duovsr.video import output
 from duovsr.video.codecs import choose_encoding
 from duovsr.video.encoder import VideoEncoder
-from duovsr.video.info import probe
 from duovsr.video.output import check_space, check_target, disk_errors, publish
 from duovsr.video.reader import Frame
-from tests.clips import Clip, start_time, video_times, write_clip
+from tests.clips import Clip, probe, start_time, video_times, write_clip
 from tests.pieces import copy_clip
 
 NOISE = list(np.random.default_rng(0).integers(0, 256, (8, 192, 256, 3), dtype=np.uint8))

@@ -15,9 +15,8 @@ from duovsr.engine.upscaler import Upscaler
 from duovsr.errors import Remark, UsageError
 from duovsr.options import Position, UpscaleOptions
 from duovsr.video.images import image_files, numbered_files, numbered_name
-from duovsr.video.info import probe
 from duovsr.video.output import FORMATS, check_target
-from tests.clips import Clip, picture, translucent, write_clip
+from tests.clips import Clip, picture, probe, translucent, write_clip
 
 SIZE = (32, 24)
 SAME_SIZE = UpscaleOptions(scale=1, color="none", strength=0)

@@ -18,8 +18,9 @@ from clips import Clip, picture, translucent, woven, write_clip
 
 from duovsr.video import sidedata
 from duovsr.video.color import ColorTags, FrameToRgb
-from duovsr.video.info import HDRMetadata, MasteringDisplay, probe
 from duovsr.video.reader import Frame, VideoReader
+from duovsr.video.sidedata import HDRMetadata, MasteringDisplay
+from tests.clips import probe
 
 SIZE = (64, 48)
 LOSSLESS = {"qp": "0", "bf": "0"}

@@ -12,9 +12,8 @@ import pytest
 
 from duovsr.options import Position
 from duovsr.video.reader import VideoReader
-from duovsr.video.remux import Window
 from duovsr.video.timeline import LOOK_AHEAD, Timeline
-from duovsr.video.window import JoinedTime
+from duovsr.video.window import JoinedTime, Window
 from tests.clips import Clip, start_time, translucent, video_times, write_clip
 from tests.pieces import copy_beside, copy_clip
 

@@ -19,9 +19,9 @@ from clips import Clip, picture, video_times, write_clip
 
 from duovsr.errors import InputError, UsageError
 from duovsr.options import PIPE, Position
-from duovsr.video.info import probe
 from duovsr.video.reader import VideoReader
 from duovsr.video.timeline import Timeline
+from tests.clips import probe
 
 IRREGULAR = (0, 512, 1024, 2560, 2816, 3072, 7168, 7680, 12800, 13000, 13500, 14000)
 NOISE = list(np.random.default_rng(0).integers(0, 256, (60, 48, 64, 3), dtype=np.uint8))

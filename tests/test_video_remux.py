@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from duovsr.video import window as video_window
-from duovsr.video.remux import StreamCopier, Window
+from duovsr.video.remux import StreamCopier
+from duovsr.video.window import Window
 from tests.clips import Clip, edited, packet_hashes, start_time, write_clip
 from tests.pieces import copy_beside, copy_clip, copy_streams
 

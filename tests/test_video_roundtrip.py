@@ -11,9 +11,8 @@ import numpy as np
 import pytest
 
 from duovsr.errors import UsageError
-from duovsr.video.info import probe
 from duovsr.video.reader import VideoReader
-from tests.clips import Clip, edited, packet_hashes, picture, start_time, video_times, write_clip
+from tests.clips import Clip, edited, packet_hashes, picture, probe, start_time, video_times, write_clip
 from tests.pieces import copy_clip
 
 IRREGULAR = (0, 512, 1024, 2560, 2816, 3072, 7168, 7680, 12800, 13000, 13500, 14000)

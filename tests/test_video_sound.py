@@ -10,7 +10,7 @@ import av
 import numpy as np
 import pytest
 
-from duovsr.video.remux import Window
+from duovsr.video.window import Window
 from tests.clips import Clip, click_times, packet_hashes, start_time, write_clicks, write_clip
 from tests.pieces import copy_beside, copy_clip, copy_streams
 

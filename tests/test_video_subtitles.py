@@ -10,7 +10,7 @@ import av
 import pytest
 
 from duovsr.errors import Remark
-from duovsr.video.remux import Window
+from duovsr.video.window import Window
 from tests.clips import Clip, packet_hashes, write_clip
 from tests.pieces import copy_beside, copy_clip, copy_streams
 

@@ -63,7 +63,7 @@ def die_writing(marker: Path) -> None:
 def checkpoint(folder: Path, dump: Path) -> None:
     """A model and its optimiser after one update, on any number of processes."""
     with joined("cpu") as world:
-        checkpoints = Checkpoints(folder, keep=3)
+        checkpoints = Checkpoints(folder, 3, world)
         there = checkpoints.latest() is not None
         torch.manual_seed(int(there))  # what is loaded is not what is there anyway
         model = place(DiffusionModel(SMALL), world)

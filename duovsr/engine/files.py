@@ -33,8 +33,8 @@ from duovsr.video.mux import join_pieces, rehearse
 from duovsr.video.output import Target, check_space, check_target, may_replace, publish
 from duovsr.video.pictures import numbers_for, only_one, write_picture, write_pictures
 from duovsr.video.reader import Frame, VideoReader
-from duovsr.video.remux import Window
 from duovsr.video.verify import verify_output
+from duovsr.video.window import Window
 
 if TYPE_CHECKING:
     from duovsr.engine.upscaler import Upscaler

@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save
 
 from duovsr.errors import DuovsrError, InputError
+from duovsr.train.distributed import World
 from duovsr.weights import atomic_file
 
 State = Mapping[str, Any]
@@ -32,11 +33,12 @@ warnings.filterwarnings("ignore", message="torch.distributed is disabled", categ
 class Checkpoints:
     """The last `keep` checkpoints under `folder`. Every rank calls every method."""
 
-    def __init__(self, folder: Path, keep: int) -> None:
+    def __init__(self, folder: Path, keep: int, world: World) -> None:
         self.folder, self.keep = folder, keep
+        self._first, self._joined = world.first, world.mesh is not None
         self._pending: tuple[Path, Future[Any]] | None = None
         # The background write's own group: two threads must not speak on one.
-        self._group = dist.new_group(backend="gloo") if dist.is_initialized() else None
+        self._group = dist.new_group(backend="gloo") if self._joined else None
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -45,7 +47,7 @@ class Checkpoints:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         # After an error other ranks may be gone, and would be waited for.
-        if kind is None or not dist.is_initialized():
+        if kind is None or not self._joined:
             self.wait()
 
     def latest(self) -> Path | None:
@@ -56,13 +58,11 @@ class Checkpoints:
         """Copy `state` and write it in the background."""
         self.wait()
         path = self.folder / f"step_{step:08d}"
-        if _first() and path.exists():
+        if self._first and path.exists():
             shutil.rmtree(path)  # what a crash left there
-        if dist.is_initialized():
+        if self._joined:
             dist.barrier()
-        future = async_save(
-            dict(state), checkpoint_id=path, process_group=self._group, no_dist=not dist.is_initialized()
-        )
+        future = async_save(dict(state), checkpoint_id=path, process_group=self._group, no_dist=not self._joined)
         assert isinstance(future, Future)  # as it is for the writer that runs in a thread
         self._pending = path, future
 
@@ -74,7 +74,7 @@ class Checkpoints:
         self._pending = None
         with told_of(path):
             future.result()
-        if dist.is_initialized():
+        if self._joined:
             dist.barrier()
         self._point_to(path)
 
@@ -88,7 +88,7 @@ class Checkpoints:
 
     def _point_to(self, path: Path) -> None:
         """Name `path` the newest and drop the oldest."""
-        if not _first() or path == self.latest():
+        if not self._first or path == self.latest():
             return
         with atomic_file(self.folder / "latest") as partial:
             partial.write_text(path.name)
@@ -102,7 +102,7 @@ class Checkpoints:
         if path is None:
             return False
         try:
-            load(state, checkpoint_id=path, no_dist=not dist.is_initialized())
+            load(state, checkpoint_id=path, no_dist=not self._joined)
         except (CheckpointException, OSError, ValueError, RuntimeError) as error:
             names = ", ".join(p.name for p in sorted(self.folder.glob("step_*")))
             raise InputError(
@@ -123,7 +123,3 @@ def told_of(path: Path) -> Iterator[None]:
             f"cannot write `{path}`: {reason}",
             hint="free some space; the same command goes on from the last checkpoint",
         ) from error
-
-
-def _first() -> bool:
-    return not dist.is_initialized() or dist.get_rank() == 0

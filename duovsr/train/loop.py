@@ -180,7 +180,7 @@ def run_loop(run: Run, trained: Trained, step_function: StepFunction) -> None:
     base_rates = [[group["lr"] for group in o.param_groups] for o in optimizers]
     _initialise(root, optimizers)
     position = _Position()
-    with Checkpoints(run.out / "checkpoints", config.keep) as checkpoints:
+    with Checkpoints(run.out / "checkpoints", config.keep, world) as checkpoints:
         if checkpoints.latest() is None and (run.out / FINAL).exists():
             return  # finished, by the same settings: only the checkpoints were removed
         start = _resume(checkpoints, root, optimizers, emas, position)

@@ -12,8 +12,9 @@ from duovsr.options import UpscaleOptions
 from duovsr.video.color import bit_depth, chroma_samples, has_alpha_channel
 from duovsr.video.encoder_options import Options, check_encoder, check_names, merge
 from duovsr.video.hdr import svtav1_parameters, x265_parameters
-from duovsr.video.info import HDRMetadata, VideoInfo
+from duovsr.video.info import VideoInfo
 from duovsr.video.output import CONTAINERS, FORMATS, Target
+from duovsr.video.sidedata import HDRMetadata
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import closing
 from dataclasses import dataclass
 from fractions import Fraction
 from math import ceil
@@ -14,24 +13,8 @@ import av
 from duovsr.errors import InputError
 from duovsr.options import Position
 from duovsr.video.color import ColorTags, bit_depth, chroma_samples, has_alpha_channel, picture_tags
-from duovsr.video.container import codec_name, main_video, open_input
-from duovsr.video.sidedata import HDRMetadata, MasteringDisplay, SideData
-from duovsr.video.source import IMAGES_RATE, Source, open_source
-
-__all__ = [
-    "ColorTags",
-    "HDRMetadata",
-    "MasteringDisplay",
-    "VideoInfo",
-    "codec_name",
-    "describe",
-    "first_picture",
-    "has_alpha",
-    "has_fields",
-    "main_video",
-    "open_input",
-    "probe",
-]
+from duovsr.video.sidedata import HDRMetadata, SideData
+from duovsr.video.source import IMAGES_RATE, Source
 
 _FINEST_ASPECT = 4096  # H.264 has 16 bits for each part of it
 
@@ -84,15 +67,6 @@ class VideoInfo:
             return position.frame
         assert position.seconds is not None, "a position is a frame or a time"
         return ceil(position.seconds * (self.frame_rate or IMAGES_RATE))
-
-
-def probe(path: Path) -> VideoInfo:
-    """Describes a file's main video, or a sequence of images. What was read of `-` is gone.
-
-    Raises `InputError` for anything without a picture that decodes.
-    """
-    with closing(open_source(path)) as source:
-        return describe(source, first_picture(source, source.pictures()))
 
 
 def first_picture(source: Source, pictures: Iterator[av.VideoFrame]) -> av.VideoFrame:

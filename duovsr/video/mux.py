@@ -23,7 +23,8 @@ from duovsr.video.info import VideoInfo
 from duovsr.video.output import CONTAINERS, Target, disk_errors
 from duovsr.video.pictures import rehearse_picture
 from duovsr.video.reader import Frame
-from duovsr.video.remux import StreamCopier, Window
+from duovsr.video.remux import StreamCopier
+from duovsr.video.window import Window
 
 _QUICK = ("mp4", "mov")
 _LONGEST_STEP = 2**31 - 1  # ticks: more do not fit into mp4's tables, and FFmpeg fails, or writes a wrong number

@@ -12,8 +12,9 @@ from av.codec.hwaccel import HWAccel
 
 from duovsr.errors import UsageError
 from duovsr.options import PIPE
+from duovsr.video.container import main_video
 from duovsr.video.images import is_sequence
-from duovsr.video.info import VideoInfo, describe, first_picture, main_video
+from duovsr.video.info import VideoInfo, describe, first_picture
 from duovsr.video.source import ClipSource, Source, open_source
 
 _EXACT = ("h264", "hevc")  # their standards say what every bit of a picture is

@@ -50,8 +50,6 @@ from duovsr.video.window import (
     do_overlap,
 )
 
-__all__ = ["StreamCopier", "Window"]
-
 # QuickTime numbers its languages, and FFmpeg's mov muxer knows one ISO 639-2 spelling of each.
 _MOV_LANGUAGES = dict(
     pair.split("/")
