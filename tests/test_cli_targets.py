@@ -135,9 +135,9 @@ def test_names_that_are_not_utf_8_are_printed_as_they_are(tmp_path: Path) -> Non
     assert done.stdout == b"%b: %b (to do)\n" % tuple(os.fsencode(tmp_path / f) + b"/" + name for f in ("in", "out"))
 
 
-@pytest.mark.parametrize("command", ["list", "list --json", "path tiny"])
+@pytest.mark.parametrize("command", ["--version", "models list", "models list --json", "models path tiny"])
 def test_a_full_disk_under_standard_output_is_one_line(command: str) -> None:
-    arguments = [sys.executable, "-m", "duovsr", "models", *command.split()]
+    arguments = [sys.executable, "-m", "duovsr", *command.split()]
     with open("/dev/full", "wb") as full:
         done = subprocess.run(arguments, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
     assert done.returncode == 4

@@ -14,7 +14,7 @@ import typer
 from duovsr import __version__
 from duovsr.cli.measure import bench, doctor, evaluate_command
 from duovsr.cli.models import models
-from duovsr.cli.show import fail
+from duovsr.cli.show import fail, print_line
 from duovsr.cli.signals import EXIT_INTERRUPTED, EXIT_TERMINATED, Terminated, handle_termination
 from duovsr.cli.train import train
 from duovsr.cli.upscale import upscale
@@ -39,7 +39,7 @@ app.add_typer(models, name="models")
 @app.callback(invoke_without_command=True)
 def root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
     if version:
-        print(__version__)
+        print_line(__version__)
         raise typer.Exit
 
 
