@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -273,6 +274,8 @@ class FakeDover(torch.nn.Module):
     def __init__(self, **settings: object) -> None:
         super().__init__()
         assert settings["divide_head"]
+        trunk = Path(torch.hub.get_dir()) / "checkpoints" / "convnext_tiny_1k_224_ema.pth"
+        assert trunk.is_file(), "would be downloaded"
         self.gain = torch.nn.Parameter(torch.zeros(()))
 
     def forward(self, views: dict[str, torch.Tensor]) -> list[torch.Tensor]:
@@ -292,13 +295,22 @@ def test_dover_is_fed_as_its_authors_do(monkeypatch: pytest.MonkeyPatch, tmp_pat
     models.DOVER, datasets.get_single_view = FakeDover, fake_view  # type: ignore[attr-defined]
     for module in (ModuleType("dover"), models, datasets):
         monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    trunk = tmp_path / "hub" / "checkpoints" / "convnext_tiny_1k_224_ema.pth"
+    trunk.parent.mkdir(parents=True)
     path, other = tmp_path / "dover.pth", tmp_path / "other.pth"
     torch.save({"gain": torch.tensor(0.1)}, path)
     torch.save({"loss": torch.tensor(0.1)}, other)
+    with pytest.raises(UsageError, match=r"`dover` would download `.*convnext"):
+        make_rankers((f"dover:{path}",), CPU)
+    trunk.touch()
     ranker = make_rankers((f"dover:{path}",), CPU)[0]
     sharp = torch.rand(1, 3, 5, 40, 48) * 2 - 1
     soft = torch.nn.functional.avg_pool3d(sharp, (1, 3, 3), 1, (0, 1, 1))
     assert 0 <= ranker(soft, sharp) < ranker(sharp, sharp) <= 1
+    flat = ranker(torch.zeros_like(sharp), sharp)  # both networks give 0 here
+    technical, aesthetic = -0.1107 / 0.07355, 0.08285 / 0.03774  # the authors' fusion
+    assert flat == pytest.approx(1 / (1 + math.exp(-0.6104 * technical - 0.3896 * aesthetic)))
     assert ranker.higher_is_better and "sha256" in str(ranker.describe()["weights"])
     with pytest.raises(UsageError, match="not weights of `dover`"):
         make_rankers((f"dover:{other}",), CPU)

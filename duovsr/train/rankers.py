@@ -32,7 +32,8 @@ LEARNED = ("lpips", "musiq", "dover")
 _ALL = ", ".join((*OFFLINE, *(f"{name}:PATH" for name in LEARNED)))
 _OFFLINE_HINT = f"or rank by {', '.join(OFFLINE)}"
 _LPIPS_HEAD = "lin0.model.1.weight"  # of every LPIPS weights file, in pyiqa as in the authors' release
-_LPIPS_TRUNK = "alexnet-owt-7be5be79.pth"  # torchvision's, under the hub's `checkpoints`
+# ImageNet weights that a metric loads apart, whatever file is given, from the hub's `checkpoints`.
+_TRUNKS = {"lpips": "alexnet-owt-7be5be79.pth", "dover": "convnext_tiny_1k_224_ema.pth"}
 _QUANTISATION = 2e-5  # what rounding to 8 bits adds to `_high_band`
 
 Score = Callable[[Tensor, Tensor], float]
@@ -223,7 +224,7 @@ _DOVER_VIEWS: dict[str, dict[str, int]] = {
     "technical": {"fragments_h": 7, "fragments_w": 7, "fsize_h": 32, "fsize_w": 32, "aligned": 32},
     "aesthetic": {"size_h": 224, "size_w": 224},
 }
-_DOVER_FUSION = {"technical": (0.1107, 0.07355, 0.6104), "aesthetic": (0.08285, 0.03774, 0.3896)}  # mean, sd, weight
+_DOVER_FUSION = {"technical": (0.1107, 0.07355, 0.6104), "aesthetic": (-0.08285, 0.03774, 0.3896)}  # mean, sd, weight
 _DOVER_FRAMES = 32
 
 
@@ -270,11 +271,11 @@ def _check_weights(name: str, path: str) -> str:
     # pyiqa skips what it does not find of LPIPS: the head would stay random.
     if not isinstance(state, dict) or (name == "lpips" and _LPIPS_HEAD not in state):
         raise UsageError(f"not weights of `{name}`: `{path}`", hint=f"give its own, {_OFFLINE_HINT}")
-    if name != "lpips":
+    if name not in _TRUNKS:
         return f"{path}, sha256 {digest}"
-    trunk = Path(torch.hub.get_dir()) / "checkpoints" / _LPIPS_TRUNK  # loaded apart, whatever file is given
+    trunk = Path(torch.hub.get_dir()) / "checkpoints" / _TRUNKS[name]
     if not trunk.is_file():
-        raise UsageError(f"ranker `lpips` would download `{trunk}`", hint=f"put it there, {_OFFLINE_HINT}")
+        raise UsageError(f"ranker `{name}` would download `{trunk}`", hint=f"put it there, {_OFFLINE_HINT}")
     return f"{path}, sha256 {digest}; {trunk}"
 
 
