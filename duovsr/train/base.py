@@ -18,8 +18,8 @@ def train_base(run: Run, config: BaseConfig, inputs: Inputs) -> None:
     """Train the preset's transformer on the autoencoder of `inputs.init`, from scratch or on from its `model`; leaves
     `vae` and `model`.
 
-    Presets that learn their condition tokens see the positive ones with sharp HQ only, so that they come to mean
-    "sharp" and guidance (eq. 4) points there; all others stand for everything, by dropout.
+    Presets that learn their condition tokens see the positive ones with HQ of at least `sharpness` only, so that they
+    come to mean "sharp" and guidance (eq. 4) points there; all others stand for everything, by dropout.
     """
     vae, preset = inputs.autoencoder(run), inputs.preset
     torch.manual_seed(config.seed)

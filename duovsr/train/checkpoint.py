@@ -52,7 +52,7 @@ class Checkpoints:
 
     def latest(self) -> Path | None:
         pointer = self.folder / "latest"
-        return self.folder / pointer.read_text() if pointer.exists() else None
+        return self.folder / pointer.read_text().strip() if pointer.exists() else None
 
     def save(self, state: State, step: int) -> None:
         """Copy `state` and write it in the background."""

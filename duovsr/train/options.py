@@ -83,6 +83,7 @@ class VAEConfig(StageConfig):
     crop: int = 96
     weight_decay: float = 1e-4
     free_every: int = 4  # every so many updates decode without a latent; 0: none does
+    log_every: int = 21  # no multiple of that, so that updates of both kinds are noted
     latent_noise: float = 0.2  # largest standard deviation of the noise on the unit-variance latent
     gradient_weight: float = 0.5
     temporal_weight: float = 0.3

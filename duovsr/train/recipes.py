@@ -39,7 +39,7 @@ RECIPES: dict[str, Recipe] = {
         "tiny",
         {
             "vae": VAEConfig(),
-            "base": BaseConfig(),
+            "base": BaseConfig(sharpness=300.0),
             "cfg": CFGConfig(),
             "progressive": ProgressiveConfig(steps=150, start=64),
             "dual": DualConfig(steps=1000),
