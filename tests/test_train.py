@@ -21,7 +21,7 @@ from duovsr.train.distributed import World
 from duovsr.train.draws import Draws
 from duovsr.train.journal import note_settings
 from duovsr.train.loop import Run
-from duovsr.train.options import DualConfig, ExportConfig, ProgressiveConfig, StageConfig
+from duovsr.train.options import BaseConfig, DualConfig, ExportConfig, ProgressiveConfig, StageConfig, VAEConfig
 from duovsr.train.recipes import RECIPES
 from duovsr.train.roles import guided_velocity, ode_solution
 from duovsr.train.runs import load_weights
@@ -75,6 +75,19 @@ def test_noise_in_training_has_the_statistics_of_inference() -> None:
         assert abs(noise.std() - 1) < 0.03
         correlation = (noise[:, 1:] * noise[:, :-1]).mean()
         assert abs(correlation - 0.8) < 0.04
+
+
+def test_pools_take_turns_in_validation(training_pool: Path, tmp_path: Path) -> None:
+    pools = Pool([training_pool, write_pool(tmp_path, samples=2)])
+    pools.hq[1] = np.full_like(pools.hq[1], 255)
+    white = (pools.fixed(range(6), 32, 5, torch.device("cpu")).hq == 1).flatten(1).all(1)
+    assert white.tolist() == [False, True, False, True, False, False]  # as long as there are any
+
+
+def test_updates_of_both_kinds_are_noted() -> None:
+    config = VAEConfig()
+    free = [step % config.free_every == config.free_every - 1 for step in range(0, config.steps, config.log_every)]
+    assert np.mean(free) == pytest.approx(1 / config.free_every, abs=0.01)
 
 
 @pytest.mark.parametrize("live", [False, True])
@@ -199,6 +212,7 @@ def test_a_recipe_runs_to_its_end_and_passes_over_what_is_done(training_pool: Pa
     short = [f"{stage}.{setting}" for stage in RECIPES["tiny"].stages for setting in SHORT[:4]]
     extra = ["progressive.start=2", "prefs.pairs=2", "prefs.rankers=psnr", "dual.head_width=8", "refine.ssim_scales=1"]
     config = resolve(job, [*short, *extra])
+    assert isinstance(config["base"], BaseConfig) and config["base"].sharpness > 0  # or guidance would mean nothing
     run_job(job, config)
     times = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/final.pt")}
     assert {path.parent.name for path in times} == set(RECIPES["tiny"].stages) - {"prefs"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +24,7 @@ from duovsr.train.runs import load_weights
 from duovsr.train.sources import find_sources
 from duovsr.train.stages import Job, resolve, run_job
 from tests.clips import Clip, write_clip
-from tests.conftest import files, run_stage
+from tests.conftest import files, run_stage, write_pool
 
 pytestmark = pytest.mark.usefixtures("small_preset")
 
@@ -214,6 +215,9 @@ def test_tune_refuses_before_it_makes_a_pool(base: Path, training_pool: Path, tm
     clips = tmp_path / "clips"
     clips.mkdir()
     write_clip(clips / "a.mp4", Clip(size=(96, 80)))
+    held_out = write_pool(tmp_path / "held_out")
+    record = {"config": {"degradation": {}}, "sources": {str(clips / "a.mp4"): 9.0}}
+    (held_out / "pool.json").write_text(json.dumps(record))
     other = {name: {"w": torch.zeros(1)} for name in ("vae", "model")}
     torch.save(other, tmp_path / "other.pt")
     torch.save({"vae": load_weights(base)["vae"]}, tmp_path / "vae.pt")
@@ -222,6 +226,7 @@ def test_tune_refuses_before_it_makes_a_pool(base: Path, training_pool: Path, tm
         ({"init": tmp_path / "other.pt"}, "not of preset `small`"),
         ({"init": tmp_path / "vae.pt"}, "has no `model`"),
         ({"held_out": (tmp_path,)}, "not a finished training pool"),
+        ({"held_out": (held_out,)}, "a.mp4` is both trained and validated on"),
     ):
         given = {"init": base, "data": (clips,), **changed}
         with pytest.raises(DuovsrError, match=words):

@@ -145,20 +145,29 @@ def test_a_recipe_on_latents_refuses_stages_in_pixels(
     assert not (tmp_path / "runs").exists()
 
 
-def test_what_is_trained_on_is_no_validation(training_pool: Path, tmp_path: Path, small_preset: None) -> None:
+def test_what_is_trained_on_is_no_validation(
+    training_pool: Path, base: Path, tmp_path: Path, small_preset: None
+) -> None:
     same = training_pool.parent / "." / training_pool.name
     with pytest.raises(UsageError, match="is both trained and validated on"):
         run_stage("vae", tmp_path / "run", data=(training_pool,), held_out=(same,))
     held_out, pool = (write_pool(tmp_path / name, samples=2) for name in ("held_out", "pool"))
-    for folder, sources in ((pool, ["a", "b"]), (held_out, ["b", "c"])):
-        record = {"config": {"degradation": {}}, "sources": dict.fromkeys(sources, 9.0)}
+    spelt_otherwise = str(tmp_path / "other" / ".." / "footage" / "b")
+    for folder, sources in ((pool, ["footage/a", "footage/b"]), (held_out, [spelt_otherwise, "c"])):
+        record = {"config": {"degradation": {}}, "directory": str(tmp_path), "sources": dict.fromkeys(sources, 9.0)}
         (folder / "pool.json").write_text(json.dumps(record))
-    with pytest.raises(UsageError, match="`b` is both trained and validated on"):
+    with pytest.raises(UsageError, match="/footage/b` is both trained and validated on"):
         run_stage("vae", tmp_path / "run", data=(pool,), held_out=(held_out,))
     recipe = Job("recipe", tmp_path / "runs", data=(pool,), held_out=(held_out,), name="tiny")
-    with pytest.raises(UsageError, match="`b` is both trained and validated on"):
+    with pytest.raises(UsageError, match="/footage/b` is both trained and validated on"):
         run_job(recipe, resolve(recipe, []))
     assert not (tmp_path / "runs").exists()  # not after hours of the stages before
+    short = ["batch=1", "crop=32", "steps=1"]
+    latents = run_stage("latents", tmp_path / "latents", "samples=1", data=(pool,), init=base)
+    pairs = run_stage("prefs", tmp_path / "pairs", "pairs=1", "candidates=2", "rankers=psnr", data=(pool,), init=base)
+    for stage, made in (("base", latents), ("dpo", pairs)):
+        with pytest.raises(UsageError, match="/footage/b` is both trained and validated on"):
+            run_stage(stage, tmp_path / stage, *short, data=(made,), init=base, held_out=(held_out,))
     (pool / "pool.json").write_text(json.dumps({"config": {"degradation": {}}, "sources": 2}))
     with pytest.raises(InputError, match="damaged training data"):
         run_stage("vae", tmp_path / "run", data=(pool,))
@@ -208,6 +217,8 @@ def test_a_checkpoint_that_fails_is_named_and_the_one_before_stays(
     with pytest.raises(DuovsrError, match=r"cannot write `.*step_00000002`: \[enforce fail") as caught:
         checkpoints.wait()
     assert caught.value.exit_code == 4
+    assert checkpoints.latest() == tmp_path / "step_00000001"
+    (tmp_path / "latest").write_text("step_00000001\n")  # as people write it when they go back
     assert checkpoints.latest() == tmp_path / "step_00000001"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 from numpy.lib.format import open_memmap
 from tqdm import tqdm
 
-from duovsr.train.data import ENCODED_BY, LATENTS, SHARPNESS, new_array, read_array
+from duovsr.train.data import ENCODED_BY, LATENTS, SHARPNESS, SOURCES, new_array, read_array
 from duovsr.train.draws import Draws
 from duovsr.train.loop import Run
 from duovsr.train.options import LatentsConfig
@@ -21,8 +22,8 @@ _SAVE_EVERY = 64  # rows
 
 
 def cache_latents(run: Run, config: LatentsConfig, inputs: Inputs) -> None:
-    """Write `latents.npy` (samples, 2, C, T, h, w) float16, HQ then LQ, of random crops, and the
-    autoencoder's digest; `sharpness.npy` last.
+    """Write `latents.npy` (samples, 2, C, T, h, w) float16, HQ then LQ, of random crops, the autoencoder's digest, and
+    what the windows were cut from; `sharpness.npy` last.
 
     The same call resumes. A row is a function of the seed and its number, whatever was interrupted.
     """
@@ -31,8 +32,10 @@ def cache_latents(run: Run, config: LatentsConfig, inputs: Inputs) -> None:
         return
     partial = run.out / _PARTIAL
     vae = inputs.autoencoder(run)
-    source = EncodedFrames(inputs.frames(config), vae, run)
+    pool = inputs.frames(config)
+    source = EncodedFrames(pool, vae, run)
     (run.out / ENCODED_BY).write_text(digest(vae))
+    (run.out / SOURCES).write_text(json.dumps(sorted(pool.sources), indent=1))
     sharpness = np.zeros(config.samples, np.float32)
     done = read_array(partial) if partial.is_file() else sharpness[:0]
     sharpness[: len(done)] = done

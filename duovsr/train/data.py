@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass, is_dataclass, replace
+from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 from zipfile import BadZipFile
@@ -24,9 +25,11 @@ from duovsr.model.resize import resize_frames
 from duovsr.train.degradation import DegradationConfig
 from duovsr.train.degradation_batched import degrade_batch
 from duovsr.train.draws import Draws
+from duovsr.train.sources import identity_of
 from duovsr.video.output import check_space
 
 LATENTS, SHARPNESS, ENCODED_BY = "latents.npy", "sharpness.npy", "autoencoder.sha256"
+SOURCES = "sources.json"  # of latents: what their windows were cut from
 PAIRS, PAIRS_RECORD = "pairs.npy", "pairs.json"
 
 
@@ -77,7 +80,9 @@ class Pool:
         records = [_record_of(folder) for folder in folders]
         self.degradation = [degradation for degradation, _ in records]
         self.sources = frozenset[str]().union(*(sources for _, sources in records))
-        self.usable = [(i, int(row)) for i, scale in enumerate(self.scale) for row in np.flatnonzero(scale)]
+        of_each = [[(i, int(row)) for row in np.flatnonzero(scale)] for i, scale in enumerate(self.scale)]
+        self.usable = list(chain.from_iterable(of_each))
+        self.in_turn = [window for turn in zip_longest(*of_each) for window in turn if window is not None]
         if not self.usable:
             raise InputError(f"no usable window in training pool: `{folders[0]}`", hint="see its pool.json")
         self.length, self.side = self.hq[0].shape[1:3]
@@ -102,9 +107,10 @@ class Pool:
         return self._load([self._draw(g, crop, frames) for g in draws.generators], draws, crop, frames)
 
     def fixed(self, rows: range, crop: int, frames: int, device: torch.device) -> Frames:
-        """The centre crops of the usable windows `rows`, always the same."""
+        """The centre crops of the usable windows `rows`, always the same; the pools take turns."""
         start = (self.side - crop) // 2
-        windows = [_Window(*self.usable[row % len(self.usable)], 0, start, start) for row in rows]
+        places = [self.in_turn[row % len(self.in_turn)] for row in rows]
+        windows = [_Window(pool, row, 0, start, start) for pool, row in places]
         draws = Draws.of(rows, seed=0, step=0, part=0, device=device)
         return self._load(windows, draws, crop, frames)
 
@@ -159,6 +165,9 @@ class LatentPool:
         self.pairs = read_array(folder / LATENTS)
         self.sharpness = read_array(folder / SHARPNESS)
         self.encoded_by = (folder / ENCODED_BY).read_text()
+        sources = folder / SOURCES
+        noted = json.loads(sources.read_text()) if sources.is_file() else ()  # older ones lack it
+        self.sources = frozenset[str](noted)
 
     def latents(self, draws: Draws) -> Latents:
         rows = [int(torch.randint(len(self.pairs), (), generator=g)) for g in draws.generators]
@@ -178,6 +187,7 @@ class PairPool:
         try:
             noted = json.loads(record.read_text())
             count, self.encoded_by = noted["pairs"], str(noted["autoencoder"])
+            self.sources = frozenset[str](noted.get("sources", ()))  # which older ones lack
         except _DAMAGED as error:
             raise InputError(f"damaged preference pairs: `{record}`", hint="make them again") from error
         self.pairs = read_array(folder / PAIRS)[:count]
@@ -221,7 +231,8 @@ def _record_of(folder: Path) -> tuple[DegradationConfig, frozenset[str]]:
         return DegradationConfig(), frozenset()
     try:
         record = json.loads(path.read_text())
-        return _filled(DegradationConfig(), record["config"]["degradation"]), frozenset(record["sources"])
+        sources = (identity_of(name, record.get("directory", ".")) for name in record["sources"])
+        return _filled(DegradationConfig(), record["config"]["degradation"]), frozenset(sources)
     except _DAMAGED as error:
         raise InputError(f"damaged training data: `{path}`", hint="make it again") from error
 

@@ -107,8 +107,9 @@ def build_pool(folders: list[Path], out: Path, config: PoolConfig, *, split: boo
 
     `hq.npy` (N, T, side, side, 3) uint8; `lq.npy` (N, T, side * 2 // 3, side * 2 // 3, 3) uint8, the LQ in its top left
     corner (absent in a `live` pool); `scale.npy` (N,) float32, 0 for rows without a window, which is written last;
-    `pool.json` with the configuration, the sources with their sharpness, and what was skipped and why. Raises
-    InputError as `find_sources` does and where nothing is usable, UsageError where `out` has another pool.
+    `pool.json` with the configuration, the sources with their sharpness, the directory that their names are relative
+    to, and what was skipped and why. Raises InputError as `find_sources` does and where nothing is usable, UsageError
+    where `out` has another pool.
     """
     out.mkdir(parents=True, exist_ok=True)
     data = sorted(map(str, folders))
@@ -119,7 +120,7 @@ def build_pool(folders: list[Path], out: Path, config: PoolConfig, *, split: boo
     if known and {source.name for source in found} != known["sources"].keys() | known["skipped"].keys():
         raise UsageError(f"`{out}` was begun with other sources", hint="give another folder, or delete this one")
     with _processes(config.workers) as each:
-        record = known or {"data": data, **_survey(found, config, each)}
+        record = known or {"data": data, "directory": str(Path.cwd()), **_survey(found, config, each)}
         sources = [replace(s, sharpness=record["sources"][s.name]) for s in found if s.name in record["sources"]]
         if not sources:
             reasons = "; ".join(list(record["skipped"].values())[:3]) or "none is on this side of the validation split"

@@ -91,7 +91,7 @@ class Inputs:
 
     def frames(self, config: StageConfig) -> Pool:
         if not isinstance(self.data, Pool):
-            raise UsageError("this stage trains on frames", hint="give it a pool, not cached latents")
+            raise self._trains_on("frames", "give it a pool, not cached latents")
         self.data.require(config.crop, config.frames)
         return self.data
 
@@ -109,8 +109,12 @@ class Inputs:
     def pairs(self, vae: Autoencoder) -> PairPool:
         """Raises UsageError where there are none, or another autoencoder's than `vae`."""
         if not isinstance(self.data, PairPool):
-            raise UsageError("this stage trains on preference pairs", hint="make them with `duovsr train prefs`")
+            raise self._trains_on("preference pairs", "make them with `duovsr train prefs`")
         return _encoded_by(vae, self.data)
+
+    def _trains_on(self, wanted: str, hint: str) -> UsageError:
+        instead = "" if self.data is None else f", not on what `{self.data.folder}` holds"
+        return UsageError(f"this stage trains on {wanted}{instead}", hint=hint)
 
     def held_out_latents(self, run: Run, vae: Autoencoder) -> LatentSource | None:
         return None if self.held_out is None else EncodedFrames(self.held_out, vae, run)

@@ -87,7 +87,10 @@ def save_atomically(weights: Mapping[str, Mapping[str, Tensor]], path: Path, wor
         return
     for name, state in weights.items():
         if not all(tensor.isfinite().all() for tensor in state.values()):
-            raise TrainError(f"weights of `{name}` are not finite: nothing was written to `{path}`")
+            raise TrainError(
+                f"weights of `{name}` are not finite: nothing was written to `{path}`",
+                hint="lower the learning rate, or go on from an older checkpoint",
+            )
     with told_of(path), atomic_file(path) as partial:
         torch.save(dict(weights), partial)
 

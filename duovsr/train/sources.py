@@ -62,6 +62,11 @@ class Source:
         return (self.path / self.member.name if self.member else self.path).as_posix()
 
     @property
+    def identity(self) -> str:
+        """The same however the path is spelt."""
+        return identity_of(self.name)
+
+    @property
     def weight(self) -> float:
         """The part of the samples made from it: sharper sources teach more; above 2500 it is sharpening and noise."""
         assert self.sharpness is not None, "measured before it is weighed"
@@ -87,6 +92,11 @@ def find_sources(folders: list[Path]) -> list[Source]:
             raise InputError(f"no sources in `{folder}`", hint=f"known suffixes: {' '.join(sorted(VIDEOS | IMAGES))}")
         sources |= {(source.path.resolve(), source.member): source for source in found}  # once, however it is spelt
     return sorted(sources.values(), key=lambda source: source.name)
+
+
+def identity_of(name: str, directory: str = ".") -> str:
+    """Of a source by its name, which is relative to `directory` if it is not absolute."""
+    return str(Path(directory, name).resolve())
 
 
 def _held_out(origin: str) -> bool:

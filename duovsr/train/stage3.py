@@ -100,6 +100,7 @@ class _Judge:
     def describe(self) -> dict[str, object]:
         return {
             "autoencoder": digest(self.vae),
+            "sources": sorted(self.pool.sources),
             "rankers": {ranker.name: ranker.describe() for ranker in self.rankers},
             "combination": "sum of ranks over the rankers, lowest is best",
             "candidates": self.config.candidates,

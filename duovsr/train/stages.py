@@ -46,6 +46,7 @@ from duovsr.train.refine import train_refine
 from duovsr.train.roles import DiffusionModel, Inputs, fill
 from duovsr.train.runs import FINAL, export, load_weights, pick
 from duovsr.train.settings import with_settings
+from duovsr.train.sources import find_sources
 from duovsr.train.stage1 import train_cfg, train_progressive
 from duovsr.train.stage2 import train_dual
 from duovsr.train.stage3 import build_pairs, train_dpo
@@ -168,7 +169,7 @@ def _run_stage(job: Job, config: StageConfig) -> None:
     if config.threads:
         torch.set_num_threads(config.threads)
     data = _open(job.data)
-    held_out = _held_out(job, config, data)
+    held_out = _held_out(job, config, data.sources)
     init = None if job.init is None else load_weights(job.init)
     inputs = Inputs(PRESETS[job.preset_name], data, held_out, init, job.init or Path())
     train = _TRAINERS[job.stage][1]
@@ -211,7 +212,7 @@ def _foresee(job: Job, configs: dict[str, StageConfig]) -> None:
     for stage, config in configs.items():
         if stage != "prefs":  # which takes one clip at a time
             micro_batch(config, _processes())
-        _held_out(job, config, pool)
+        _held_out(job, config, pool.sources)
         if isinstance(pool, Pool) and stage != "dpo":
             pool.require(config.crop, config.frames)
         elif isinstance(pool, PairPool) or stage in ("vae", "prefs", "refine"):
@@ -236,10 +237,12 @@ def _tune(job: Job, config: TuneConfig) -> None:
     """A pool of somebody's clips, a short refinement of a trained model on it, and the model folder `out/model`."""
     init, preset = job.init or weights_folder() / job.preset_name, PRESETS[job.preset_name]
     _check_weights(init, preset)  # all that can be refused is, before the pool takes its time
-    _held_out(job, config)
+    split = bool(job.held_out)
+    found = (source for source in find_sources(list(job.data)) if not (split and source.validation))
+    _held_out(job, config, frozenset(source.identity for source in found))
     pool, run = job.out / "pool", job.out / "refine"
     with joined(config.device), sole_owner(pool):  # the first refuses a device that is not there
-        build_pool(list(job.data), pool, config.windows(), split=bool(job.held_out))
+        build_pool(list(job.data), pool, config.windows(), split=split)
     _run_stage(replace(job, stage="refine", data=(pool,), init=init, out=run), config)
     export(run, job.out / "model", job.preset_name, ExportConfig())
 
@@ -253,16 +256,16 @@ def _check_weights(init: Path, preset: Preset) -> None:
         fill(module, pick(weights, name, init), preset, assign=True)
 
 
-def _held_out(job: Job, config: StageConfig, data: Pool | LatentPool | PairPool | None = None) -> Pool | None:
-    """The pool to validate on. Raises UsageError where it, or a source of it, is trained on."""
+def _held_out(job: Job, config: StageConfig, sources: frozenset[str]) -> Pool | None:
+    """The pool to validate on. Raises UsageError where it, or a source of it, is trained on, as `sources` are."""
     if not job.held_out:
         return None
     hint = "make a pool of held-out sources: `duovsr train pool --set validation=true`"
     pool = _open(job.held_out)
     if not isinstance(pool, Pool):
-        raise UsageError("validation needs a pool of frames", hint=hint)
+        raise UsageError(f"validation needs a pool of frames: `{job.held_out[0]}`", hint=hint)
     both = {str(folder.resolve()) for folder in job.data} & {str(folder.resolve()) for folder in job.held_out}
-    both |= data.sources & pool.sources if isinstance(data, Pool) else set()
+    both |= sources & pool.sources
     if both:
         raise UsageError(f"`{min(both)}` is both trained and validated on", hint=hint)
     pool.require(config.crop, config.frames)
