@@ -17,7 +17,7 @@ from duovsr.errors import UsageError
 
 Options = tuple[tuple[str, str], ...]
 
-_LISTS = {"x264-params", "x265-params", "svtav1-params"}  # options that are lists of options, as in `a=1:b=2`
+_LISTS = {"x264opts", "x264-params", "x265-params", "svtav1-params"}  # options that are lists, as in `a=1:b=2`
 # Tags of colour, by the names that encoders and their lists give them: the output's are the source's, and to name
 # others converts nothing.
 _TAGS = {"color_range", "colorspace", "color_primaries", "color_trc"}
