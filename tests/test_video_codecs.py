@@ -149,7 +149,7 @@ def test_own_options_come_last() -> None:
     hevc = choose(source(10, hdr=HDR), "mp4", "hevc", ("x265-params", "open-gop=1"), ("x265-params", "ref=2"))
     assert hevc.options["x265-params"].startswith("log-level=none:open-gop=0:hdr10=1:")
     assert hevc.options["x265-params"].endswith(":open-gop=1:ref=2")
-    assert choose(source(), "mp4", "h264", ("crf", "30"), crf=20).options["crf"] == "30"
+    assert choose(source(), "mp4", "h264", ("crf", "30")).options["crf"] == "30"
 
 
 def test_of_a_list_of_options_the_last_counts(tmp_path: Path) -> None:
@@ -238,8 +238,8 @@ def test_choice_of_nvenc(monkeypatch: pytest.MonkeyPatch, codec: str, depth: int
     monkeypatch.setattr(codecs, "check_encoder", lambda *arguments: None)  # few machines have the hardware
     encoding = choose(source(depth), "mp4", codec, size=(640, 480))
     assert (encoding.encoder, encoding.pix_fmt) == (codec, pix_fmt)
-    assert (encoding.options["cq"], encoding.options["rc"]) == (cq, "vbr")
-    assert "crf" not in encoding.options
+    assert encoding.options == {"preset": "p5", "b": "0", "cq": cq}
+    assert choose(source(depth), "mp4", codec, ("qp", "20"), size=(640, 480)).options.get("cq") is None
 
 
 @pytest.mark.parametrize("codec", ["h264_nvenc", "hevc_nvenc", "av1_nvenc"])

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import av
 
 from duovsr.errors import Remark, UsageError
 from duovsr.options import UpscaleOptions
 from duovsr.video.color import bit_depth, chroma_samples, has_alpha_channel
-from duovsr.video.encoder_options import Options, check_encoder, check_names, merge
+from duovsr.video.encoder_options import Options, check_encoder, check_names, is_zero, merge, rate_options, spelt_for
 from duovsr.video.hdr import svtav1_parameters, x265_parameters
 from duovsr.video.info import VideoInfo
 from duovsr.video.output import CONTAINERS, FORMATS, Target
@@ -24,6 +25,7 @@ class Codec:
     encoder: str
     pix_fmts: tuple[str, str]
     crf: int | None  # the default; None: the codec has no such setting
+    min_crf: int = 0
     max_crf: int = 51
     crf_option: str = "crf"
     odd_pix_fmts: tuple[str, str] | None = None  # instead, where the encoder refuses odd sides in 4:2:0
@@ -33,7 +35,8 @@ class Codec:
     hardware: bool = False  # works on some machines only
 
 
-_NVENC = {"preset": "p5", "rc": "vbr", "b": "0"}  # b=0: no rate is aimed at, `cq` alone decides
+# b=0: no rate is aimed at, `cq` alone decides; a `cq` of 0 would leave it to the encoder.
+_nvenc = partial(Codec, min_crf=1, crf_option="cq", options={"preset": "p5", "b": "0"}, hardware=True)
 
 # A piece that is encoded again, after an interruption, must come out the same: every setting here was run with the
 # heap's fresh memory filled with different bytes (MALLOC_PERTURB_), which tells an encoder that reads memory it never
@@ -84,11 +87,9 @@ CODECS: dict[str, Codec] = {
         options={"level": "3", "slicecrc": "1"},
     ),
     # H.264 at 10 bit is beyond all but the newest of NVIDIA's encoders.
-    "h264_nvenc": Codec("h264_nvenc", ("yuv420p", "yuv420p"), crf=19, crf_option="cq", options=_NVENC, hardware=True),
-    "hevc_nvenc": Codec("hevc_nvenc", ("yuv420p", "p010le"), crf=22, crf_option="cq", options=_NVENC, hardware=True),
-    "av1_nvenc": Codec(
-        "av1_nvenc", ("yuv420p", "p010le"), crf=28, max_crf=63, crf_option="cq", options=_NVENC, hardware=True
-    ),
+    "h264_nvenc": _nvenc("h264_nvenc", ("yuv420p", "yuv420p"), crf=19),
+    "hevc_nvenc": _nvenc("hevc_nvenc", ("yuv420p", "p010le"), crf=22),
+    "av1_nvenc": _nvenc("av1_nvenc", ("yuv420p", "p010le"), crf=28, max_crf=63),
 }
 
 
@@ -126,9 +127,10 @@ def choose_encoding(
 ) -> Encoding:
     """Settles codec, pixel format and quality; what is None follows the source and the container.
 
-    `encoder_options` are the encoder's own, and override what would be chosen. Raises `UsageError` for an unknown
-    codec, a crf the codec has not, a pixel format it cannot write, an option it does not know or whose value it
-    refuses, and an encoder that does not work on this machine.
+    `encoder_options` are the encoder's own, and override what would be chosen: where one decides the rate, there is no
+    crf. Raises `UsageError` for an unknown codec, a crf the codec has not or beside such an option, a pixel format it
+    cannot write, an option it does not know or whose value it refuses, and an encoder that does not work on this
+    machine.
     """
     name = codec or _default_codec(source, format_name, width)
     if name not in CODECS:
@@ -151,7 +153,8 @@ def choose_encoding(
         notices.append(f"the source has {source.bit_depth} bits a channel, the output 8 ({name}, {chosen})")
     hdr_options, lost = _hdr_options(name, source.hdr)
     check_names(entry.encoder, encoder_options)
-    options = merge({**entry.options, **_quality(name, entry, crf)}, hdr_options + encoder_options)
+    quality = _quality(name, entry, crf, encoder_options)
+    options = merge(entry.options, spelt_for(entry.encoder, quality + hdr_options + encoder_options))
     if encoder_options or entry.hardware:
         check_encoder(entry.encoder, chosen, width, height, options, encoder_options, entry.hardware)
     return Encoding(name, entry.encoder, chosen, options, (*notices, *lost), alpha)
@@ -275,14 +278,26 @@ def _check_pix_fmt(name: str, entry: Codec, pix_fmt: str, width: int, height: in
         raise UsageError(f"codec `{name}` cannot write {width}x{height} in `{pix_fmt}`", hint=hint)
 
 
-def _quality(name: str, entry: Codec, crf: int | None) -> dict[str, str]:
+def _quality(name: str, entry: Codec, crf: int | None, given: Options) -> Options:
+    """The crf that is asked for; the default, where no `given` option decides the rate."""
     if entry.crf is None:
         if crf is not None:
             raise UsageError(f"codec `{name}` has no crf", hint="leave out --crf")
-        return {}
-    if crf is not None and not 0 <= crf <= entry.max_crf:
-        raise UsageError(f"unsupported crf for {name}: `{crf}`", hint=f"use a whole number from 0 to {entry.max_crf}")
-    return {entry.crf_option: str(entry.crf if crf is None else crf)}
+        return ()
+    own = [value for option, value in given if option == entry.crf_option]
+    asked = 0 if any(map(is_zero, own)) else crf
+    if asked is not None and not entry.min_crf <= asked <= entry.max_crf:
+        hint = f"use a whole number from {entry.min_crf} to {entry.max_crf}"
+        raise UsageError(f"unsupported crf for {name}: `{asked}`", hint=hint)
+    rivals = rate_options(given)
+    if crf is None:
+        return () if rivals else ((entry.crf_option, str(entry.crf)),)
+    if name == "vp9":  # a crf with a rate as its limit is a mode of libvpx
+        rivals = [option for option in rivals if option != "b"]
+    if rivals:
+        message = f"--crf and the encoder's own `{rivals[0]}` would both decide the rate"
+        raise UsageError(message, hint="leave one of them out")
+    return ((entry.crf_option, str(crf)),)
 
 
 def _hdr_options(name: str, hdr: HDRMetadata | None) -> tuple[Options, list[str]]:

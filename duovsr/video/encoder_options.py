@@ -23,6 +23,16 @@ _LISTS = {"x264opts", "x264-params", "x265-params", "svtav1-params"}  # options 
 _TAGS = {"color_range", "colorspace", "color_primaries", "color_trc"}
 _TAGS |= {"colormatrix", "colorprim", "transfer", "range", "fullrange"}
 _TAGS |= {"color-range", "matrix-coefficients", "color-primaries", "transfer-characteristics"}
+# What decides how many bits there are, by its names in encoders and their lists, with the values that do not.
+_RATES = {
+    "crf": ["-1"],
+    "cq": ["-1"],
+    "qp": ["-1"],
+    "b": ["0"],
+    "bitrate": ["0"],
+    "tbr": ["0"],
+    "lossless": ["-1", "0"],
+}
 _FOR_VIDEO = OptionFlags.ENCODING_PARAM | OptionFlags.VIDEO_PARAM
 # What encoders log of a part of such a list that they do not take: they go on without it.
 _REFUSED = re.compile(r"(Error parsing option|Unknown option|Invalid value)")
@@ -36,14 +46,41 @@ def merge(options: Mapping[str, str], given: Options) -> dict[str, str]:
     return merged
 
 
+def rate_options(given: Options) -> list[str]:
+    """The names of those that decide how many bits there are, as a crf does."""
+    settings = [setting for option in given for setting in _settings(*option)]
+    return [name for name, value in settings if name in _RATES and value not in _RATES[name]]
+
+
+def is_zero(value: str) -> bool:
+    """Whether the value of an option is a number, and 0."""
+    return re.fullmatch(r"[+-]?0*\.?0+", value) is not None
+
+
+def spelt_for(encoder: str, options: Options) -> Options:
+    """The options as FFmpeg hands them on: a crf or qp of 0 is none to its libsvtav1, unless the list has it."""
+    if encoder != "libsvtav1":
+        return options
+    return tuple(
+        ("svtav1-params", f"{name}=0") if name in ("crf", "qp") and is_zero(value) else (name, value)
+        for name, value in options
+    )
+
+
+def _settings(name: str, value: str) -> Options:
+    """The option itself, or what its list holds."""
+    if name not in _LISTS:
+        return ((name, value),)
+    return tuple((key, setting) for key, _, setting in (part.partition("=") for part in value.split(":")))
+
+
 def check_names(encoder: str, given: Options) -> None:
     """Raises `UsageError` for an option that the encoder does not have, and for colour tags."""
     supported = CodecContext.create(encoder, "w").supported_options
     names = [option.name for option in supported.private]
     names += [option.name for option in supported.generic if option.flags & _FOR_VIDEO == _FOR_VIDEO]
     for name, value in given:
-        parts = [part.partition("=")[0] for part in value.split(":")] if name in _LISTS else []
-        if tag := next((key for key in (name, *parts) if key in _TAGS), None):
+        if tag := next((key for key, _ in _settings(name, value) if key in _TAGS), None):
             raise UsageError(f"encoder option `{tag}` would tag colours falsely", hint="leave it out: tags are kept")
         if name not in names:
             close = difflib.get_close_matches(name, names, 1)
