@@ -143,14 +143,15 @@ def pull(reference: Reference) -> Model:
 def export_repository(model: Model, out: Path) -> None:
     """Copy a verified model to the folder `out`, ready to upload; its README is `out`'s, the model's own, or a stub.
 
-    Raises UsageError where there is a model already, InputError for a model that does not verify.
+    Raises UsageError where a name is taken, InputError for a model that does not verify.
     """
-    if (out / MANIFEST).exists():
-        raise UsageError(f"`{out}` holds a model", hint="choose another folder")
+    names = (*model.files, MANIFEST)  # the manifest last: until then it is no model
+    taken = next((name for name in names if os.path.lexists(out / name)), None)
+    if taken is not None:
+        raise UsageError(f"`{out}` holds a `{taken}` already", hint="choose another folder")
     model.require_verified()
     preset = model.preset
     out.mkdir(parents=True, exist_ok=True)
-    names = (*model.files, MANIFEST)  # the manifest last: until then it is no model
     with TemporaryDirectory(dir=out, prefix=".export-") as partial:
         for name in names:
             shutil.copyfile(model.folder / name, Path(partial, name))

@@ -310,7 +310,7 @@ def test_an_exported_repository_is_a_model_that_a_hub_can_serve(machine: Machine
     machine.does("verify", out)
     card = (out / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: duovsr\n") and "# my-model\n" in card and "`tiny`" in card
-    machine.refuses(2, f"`{out}` holds a model", "another folder", "export", "tiny", out)
+    machine.refuses(2, f"`{out}` holds a `config.json` already", "another folder", "export", "tiny", out)
 
     hub.files = {path.name: path.read_bytes() for path in out.iterdir()}
     machine.does("pull", MODEL)
@@ -324,6 +324,14 @@ def test_an_exported_repository_is_a_model_that_a_hub_can_serve(machine: Machine
     (out / "README.md").write_text("a card")
     machine.does("export", out, tmp_path / "third")
     assert (tmp_path / "third" / "README.md").read_text() == "a card"
+
+
+@pytest.mark.parametrize("name", REPOSITORY)
+def test_an_export_replaces_no_file(machine: Machine, tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("mine")
+    machine.refuses(2, f"`{tmp_path}` holds a `{name}` already", "choose another folder", "export", "tiny", tmp_path)
+    assert (tmp_path / name).read_text() == "mine"
+    assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
 def test_a_model_that_does_not_verify_is_not_exported(machine: Machine, tmp_path: Path) -> None:
