@@ -101,6 +101,20 @@ def test_ten_bits_stay(tmp_path: Path, through_pipe: Any, codec: str | None) -> 
     assert frame.format.name == ("yuv420p10le" if codec is None else "gbrp16le")
 
 
+@pytest.mark.parametrize("codec", [None, "rawvideo"])
+def test_raw_pixel_formats_come_out_as_asked_for(tmp_path: Path, through_pipe: Any, codec: str | None) -> None:
+    source = write_clip(tmp_path / "in.mkv", Clip(codec="ffv1", pix_fmt="yuv444p10le"))
+    with pytest.raises(UsageError, match="codec `rawvideo` cannot write pixel format `bgr0`") as caught:
+        through_pipe(source, codec=codec, pix_fmt="bgr0")
+    assert caught.value.hint is not None
+    allowed = caught.value.hint.removeprefix("use one of ").split(", ")
+    assert {"gray", "yuv420p10le", "yuv444p16le"} <= set(allowed)
+    for pix_fmt in allowed:
+        _, pipe = through_pipe(source, codec=codec, pix_fmt=pix_fmt)
+        with av.open(pipe) as container:
+            assert [frame.format.name for frame in container.decode(video=0)] == [pix_fmt] * 12
+
+
 def test_transparency_in_nut(tmp_path: Path, through_pipe: Any) -> None:
     pictures = [translucent(index, (64, 48)) for index in range(12)]
     source = write_clip(tmp_path / "in.mkv", Clip(codec="ffv1", pix_fmt="bgra", pictures=pictures))

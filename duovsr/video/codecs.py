@@ -108,6 +108,12 @@ class Encoding:
     alpha: bool = False
 
 
+# FFmpeg lists none for raw video. These are given back as they were written by Y4M, and by NUT, too.
+_RAW_PIX_FMTS = [f"gray{depth}" for depth in ("", "9le", "10le", "12le", "16le")] + [
+    f"yuv{sampling}p{depth}"
+    for sampling in ("420", "422", "444")
+    for depth in ("", "9le", "10le", "12le", "14le", "16le")
+]
 X265_MIN_WIDTH = 64  # below its block size, libx265 corrupts memory and takes the process down
 # libsvtav1 4.1 never ends where one side is at most SVT_AV1_STRIP, and the other larger than its block.
 SVT_AV1_STRIP, SVT_AV1_BLOCK = 24, 64
@@ -266,8 +272,9 @@ def _check_size(name: str, width: int, height: int) -> None:
 
 
 def _check_pix_fmt(name: str, entry: Codec, pix_fmt: str, width: int, height: int) -> None:
+    listed = av.Codec(entry.encoder, "w").video_formats
     # "yuvj" formats are an outdated spelling of full range, which is a tag of its own.
-    formats = [fmt.name for fmt in av.Codec(entry.encoder, "w").video_formats or () if not fmt.name.startswith("yuvj")]
+    formats = [fmt.name for fmt in listed if not fmt.name.startswith("yuvj")] if listed else _RAW_PIX_FMTS
     if pix_fmt not in formats:
         hint = f"use one of {', '.join(formats)}"
         raise UsageError(f"codec `{name}` cannot write pixel format `{pix_fmt}`", hint=hint)
