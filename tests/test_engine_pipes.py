@@ -11,18 +11,19 @@ from types import SimpleNamespace
 from typing import Any
 
 import av
+import numpy as np
 import pytest
 
 from duovsr import UpscaleOptions
 from duovsr.engine import files
 from duovsr.engine.files import UpscaleReport
-from duovsr.errors import Interrupted, Remark, UsageError
+from duovsr.errors import InputError, Interrupted, Remark, UsageError
 from duovsr.video.codecs import encoding_for
 from duovsr.video.encoder import VideoEncoder
 from duovsr.video.output import Target
 from duovsr.video.reader import VideoReader
 from tests.bicubic import bicubic
-from tests.clips import Clip, translucent, write_clip
+from tests.clips import Clip, translucent, video_times, write_clip
 
 TICK = Fraction(1, 25)
 
@@ -155,6 +156,22 @@ def from_pipe(monkeypatch: pytest.MonkeyPatch) -> Any:
             return bicubic().upscale_file(Path("-"), target, wanted, should_stop=should_stop)
 
     return run
+
+
+def test_an_index_at_the_end_does_not_come_through_a_pipe(
+    tmp_path: Path, from_pipe: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = np.random.default_rng(0)
+    noise = [rng.integers(0, 256, (48, 64, 3), np.uint8) for _ in range(24)]
+    source = write_clip(tmp_path / "in.mp4", Clip(pts=range(0, 24 * 512, 512), pictures=noise, options={"crf": "1"}))
+    with source.open("rb") as file:
+        pipe = SimpleNamespace(read=file.read)  # no way back
+        monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=pipe, isatty=lambda: False))
+        with pytest.raises(InputError, match=r"^no picture of `-` can be decoded$") as caught:
+            bicubic().upscale_file(Path("-"), tmp_path / "out.mkv", UpscaleOptions(scale=1))
+    assert "the index must come first: give the file itself" in (caught.value.hint or "")
+    from_pipe(source, tmp_path / "out.mkv")  # as `< in.mp4`
+    assert len(video_times(tmp_path / "out.mkv")) == 24
 
 
 def test_what_a_pipe_began_is_not_kept(tmp_path: Path, from_pipe: Any) -> None:

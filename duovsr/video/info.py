@@ -11,7 +11,7 @@ from pathlib import Path
 import av
 
 from duovsr.errors import InputError
-from duovsr.options import Position
+from duovsr.options import PIPE, Position
 from duovsr.video.color import ColorTags, bit_depth, chroma_samples, has_alpha_channel, picture_tags
 from duovsr.video.sidedata import HDRMetadata, SideData
 from duovsr.video.source import IMAGES_RATE, Source
@@ -73,7 +73,13 @@ def first_picture(source: Source, pictures: Iterator[av.VideoFrame]) -> av.Video
     """The next of `pictures`. Raises `InputError` if there is none."""
     picture = next(pictures, None)
     if picture is None:
-        hint = "an animated WebP is not read: make a .gif or a video of it first" if source.codec == "webp" else None
+        hint = None
+        if source.codec == "webp":
+            hint = "an animated WebP is not read: make a .gif or a video of it first"
+        elif source.path == PIPE:  # FFmpeg opens it, and cannot go back from the index to the pictures
+            hint = (
+                "of an mp4 or mov in a pipe, the index must come first: give the file itself, `< FILE`, or a NUT or mkv"
+            )
         raise InputError(f"no picture of `{source.path}` can be decoded", hint=hint)
     return picture
 
