@@ -221,6 +221,35 @@ def test_a_dry_run_of_a_folder_tells_the_names_and_writes_nothing(run: Run, fold
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("dry_run", [("--dry-run",), ()])
+def test_what_no_file_can_have_is_refused_before_anything_is_made(
+    run: Run, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dry_run: tuple[str, ...]
+) -> None:
+    touch(folder, "a.mp4")
+    monkeypatch.setattr(Upscaler, "from_preset", classmethod(lambda *_, **__: pytest.fail("loaded for nothing")))
+    command = ("upscale", folder, tmp_path / "out", *dry_run)
+    run.fails(2, "unknown codec: `nosuch`", *command, "--codec", "nosuch")
+    run.fails(2, "unsupported crf for h264: `60`", *command, "--codec", "h264", "--crf", 60)
+    run.fails(2, "has no crf", *command, "--codec", "ffv1", "--crf", 20)
+    run.fails(2, "has no option `presett`", *command, "--codec", "h264", "--encoder-opt", "presett=slow")
+    run.fails(2, "unknown model: `nosuch`", *command, "--model", "nosuch")
+    run.fails(2, "no autoencoder `wan`", *command, "--vae", "wan")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_that_does_not_load_leaves_no_folder(
+    run: Run, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    touch(folder, "a.mp4")
+
+    def refuse(*_: object, **__: object) -> None:
+        raise UsageError("no such device", hint="use cpu")
+
+    monkeypatch.setattr(Upscaler, "from_preset", refuse)
+    assert run("upscale", folder, tmp_path / "out") == 2
+    assert not (tmp_path / "out").exists()
+
+
 def test_images_are_one_clip_or_with_a_pattern_many(run: Run, folder: Path, tmp_path: Path) -> None:
     for name in ("1.png", "2.png", "10.png"):
         write_clip(folder / name, Clip(pts=[0], codec="png", pix_fmt="rgb24"), "image2")

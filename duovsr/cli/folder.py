@@ -31,7 +31,6 @@ def upscale_folder(
 ) -> None:
     """`load` is called if there is something to do. The summary is given however the work ends."""
     from duovsr.engine.batch import Outcome, find_items
-    from duovsr.video.output import disk_errors
 
     items = find_items(source, destination, selection)
     finished = {item for item in items if item.is_finished and not options.overwrite}
@@ -39,13 +38,11 @@ def upscale_folder(
     if dry_run:
         _show_outcomes(outcomes, as_json)
         return
-    with disk_errors(destination):
-        destination.mkdir(exist_ok=True)
     try:
         # With --overwrite the same command would not go on, but make all outputs again.
         with nullcontext() if options.overwrite else resumable(lambda: True):
             if todo := [item for item in items if item not in finished]:
-                _upscale(todo, options, load, outcomes)
+                _upscale(todo, destination, options, load, outcomes)
     finally:
         say_summary(list(outcomes.values()))
         if as_json:
@@ -55,12 +52,19 @@ def upscale_folder(
 
 
 def _upscale(
-    items: list[Item], options: UpscaleOptions, load: Callable[[], Upscaler], outcomes: dict[Item, Outcome]
+    items: list[Item],
+    destination: Path,
+    options: UpscaleOptions,
+    load: Callable[[], Upscaler],
+    outcomes: dict[Item, Outcome],
 ) -> None:
     """Fills in `outcomes` on the way."""
     upscaler = load()
     from duovsr.engine.batch import upscale_items
+    from duovsr.video.output import disk_errors
 
+    with disk_errors(destination):
+        destination.mkdir(exist_ok=True)
     places = {item: f"[{place}/{len(items)}] {item.source}" for place, item in enumerate(items, start=1)}
     with Reporter() as reporter, StopRequest() as should_stop:
 

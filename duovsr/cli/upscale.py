@@ -133,6 +133,7 @@ def upscale(
 
     selection = Selection(recursive, pattern, suffix)
     if is_batch(source, selection):
+        _check_for_all(model, vae, options)
         upscale_folder(source, destination, selection, options, load, dry_run, as_json)
     elif selection != Selection():
         raise UsageError(
@@ -140,6 +141,15 @@ def upscale(
         )
     else:
         upscale_file(source, destination, options, load, dry_run, as_json)
+
+
+def _check_for_all(model: str, vae: str | None, options: UpscaleOptions) -> None:
+    """Raises, before anything is loaded or written, for a model, a codec or settings of it that no file can have."""
+    from duovsr.hub import find_model
+    from duovsr.video.codecs import check_settings
+
+    check_settings(options)
+    find_model(model).preset.with_vae(vae)
 
 
 def _load(model: str, device: str, dtype: str, vae: str | None, window: int | None, attention: str) -> Upscaler:

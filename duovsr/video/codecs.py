@@ -139,14 +139,11 @@ def choose_encoding(
     machine.
     """
     name = codec or _default_codec(source, format_name, width)
-    if name not in CODECS:
-        names = [known for known in CODECS if known != "rawvideo"]
-        raise UsageError(f"unknown codec: `{name}`", hint=f"use one of {', '.join(names)}")
+    entry = _known_codec(name)
     if name == "rawvideo" and format_name in CONTAINERS.values():
         raise UsageError("codec `rawvideo` is for pipes alone", hint="use --codec ffv1, which is lossless too")
-    entry = CODECS[name]
-    if entry.encoder not in av.codecs_available:
-        raise UsageError(f"this build of FFmpeg has no encoder `{entry.encoder}`", hint="use another --codec")
+    check_names(entry.encoder, encoder_options)
+    quality = _quality(name, entry, crf, encoder_options)
     _check_size(name, width, height)
     holds_alpha = format_name in entry.alpha_containers
     chosen, notices = _pix_fmt(entry, source, holds_alpha, width, height) if pix_fmt is None else (pix_fmt, [])
@@ -158,8 +155,6 @@ def choose_encoding(
     if source.bit_depth > 8 and bit_depth(av.VideoFormat(chosen)) == 8:
         notices.append(f"the source has {source.bit_depth} bits a channel, the output 8 ({name}, {chosen})")
     hdr_options, lost = _hdr_options(name, source.hdr)
-    check_names(entry.encoder, encoder_options)
-    quality = _quality(name, entry, crf, encoder_options)
     options = merge(entry.options, spelt_for(entry.encoder, quality + hdr_options + encoder_options))
     if encoder_options or entry.hardware:
         check_encoder(entry.encoder, chosen, width, height, options, encoder_options, entry.hardware)
@@ -182,6 +177,24 @@ def encoding_for(target: Target, info: VideoInfo, size: tuple[int, int], options
     if options.pix_fmt is not None:
         return encoding
     return replace(encoding, notices=(*encoding.notices, *_coarser_chroma(info, encoding, size, target.format_name)))
+
+
+def check_settings(options: UpscaleOptions) -> None:
+    """Raises `UsageError` where no source could be encoded so: for an unknown codec, and what it does not take."""
+    if options.codec is not None:
+        entry = _known_codec(options.codec)
+        check_names(entry.encoder, options.encoder_options)
+        _quality(options.codec, entry, options.crf, options.encoder_options)
+
+
+def _known_codec(name: str) -> Codec:
+    if name not in CODECS:
+        names = [known for known in CODECS if known != "rawvideo"]
+        raise UsageError(f"unknown codec: `{name}`", hint=f"use one of {', '.join(names)}")
+    entry = CODECS[name]
+    if entry.encoder not in av.codecs_available:
+        raise UsageError(f"this build of FFmpeg has no encoder `{entry.encoder}`", hint="use another --codec")
+    return entry
 
 
 def _encoding_of_pictures(target: Target, info: VideoInfo, size: tuple[int, int], options: UpscaleOptions) -> Encoding:
