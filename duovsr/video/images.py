@@ -12,13 +12,18 @@ from typing import Literal
 
 from duovsr.errors import InputError
 
+# Of what can be read: no .jxl, for which the wheel's FFmpeg has no decoder.
 IMAGE_SUFFIXES = frozenset(
-    (".bmp", ".dpx", ".exr", ".j2k", ".jp2", ".jpeg", ".jpg", ".pam", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tga")
-    + (".tif", ".tiff", ".webp")
+    (".avif", ".bmp", ".dpx", ".exr", ".hdr", ".heic", ".heif", ".hif", ".j2c", ".j2k", ".jfif", ".jls", ".jp2", ".jpc")
+    + (".jpe", ".jpeg", ".jpg", ".pam", ".pbm", ".pcx", ".pfm", ".pgm", ".png", ".pnm", ".ppm", ".qoi", ".ras", ".sgi")
+    + (".sun", ".tga", ".tif", ".tiff", ".webp", ".xwd")
 )
 VIDEO_SUFFIXES = frozenset(
-    (".3gp", ".avi", ".flv", ".gif", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".mxf", ".nut")
-    + (".ogv", ".ts", ".vob", ".webm", ".wmv", ".y4m")
+    (".264", ".265", ".3g2", ".3gp", ".apng", ".asf", ".avi", ".divx", ".dv", ".evo", ".f4v", ".flv", ".gif", ".gxf")
+    + (".h264", ".h265", ".hevc", ".ismv", ".ivf", ".m1v", ".m2p", ".m2t", ".m2ts", ".m2v", ".m4v", ".mj2", ".mjpeg")
+    + (".mjpg", ".mk3d", ".mkv", ".mov", ".mp4", ".mpe", ".mpeg", ".mpg", ".mpv", ".mts", ".mxf", ".nut", ".obu")
+    + (".ogm", ".ogv", ".qt", ".rm", ".rmvb", ".tod", ".tp", ".trp", ".ts", ".vob", ".vro", ".webm", ".wmv", ".wtv")
+    + (".xvid", ".y4m")
 )
 
 _NUMBER = re.compile(r"%(?:0(\d{1,3}))?d", re.ASCII)
