@@ -11,6 +11,7 @@ from clips import Clip, write_clip
 
 from duovsr.errors import InputError
 from duovsr.video.color import (
+    FULL,
     LUMA_WEIGHTS,
     ColorTags,
     FrameToRgb,
@@ -165,6 +166,22 @@ def test_deep_sources_stay_deep(tmp_path: Path) -> None:
     assert writer.notices == []
     shallow = copy_clip(source, tmp_path / "out.webm", codec="vp9")
     assert shallow.notices == ["the source has 10 bits a channel, the output 8 (vp9, yuv420p)"]
+
+
+@pytest.mark.parametrize(
+    ("codec", "pix_fmt"),
+    [("h264", "gray"), ("hevc", "gray10le"), ("ffv1", "gray"), ("ffv1", "gray16le"), ("ffv1", "ya8")],
+)
+@pytest.mark.parametrize(("dtype", "layout"), [(np.uint8, "rgb24"), (np.uint16, "rgb48be")])
+def test_gray_keeps_black_and_white(tmp_path: Path, codec: str, pix_fmt: str, dtype: type, layout: str) -> None:
+    clip = Clip(pts=(0,), size=(144, 96), codec="png", pix_fmt=layout, pictures=[patches(dtype)])
+    source = write_clip(tmp_path / "in.png", clip, "image2")
+    copy_clip(source, tmp_path / "out.mkv", codec=codec, pix_fmt=pix_fmt, crf=None if codec == "ffv1" else 1)
+    with VideoReader(tmp_path / "out.mkv") as reader:
+        back = next(iter(reader)).pixels
+    assert reader.info.color.range == FULL
+    luma = centres(patches(dtype)) @ np.array([0.299, 0.587, 0.114]) / np.iinfo(dtype).max
+    assert np.abs(centres(back)[..., 0] / np.iinfo(back.dtype).max - luma).max() < 2 / 255
 
 
 @pytest.mark.parametrize(("dtype", "pix_fmt"), [(np.uint8, "rgb24"), (np.uint16, "rgb48be")])

@@ -75,18 +75,20 @@ def decoding_tags(tags: ColorTags, width: int, height: int) -> ColorTags | None:
 
 def output_tags(source: ColorTags, width: int, height: int, pix_fmt: str) -> ColorTags:
     """Complete tags of an output of this size: the source's where it has them, else what players assume of it. RGB has
-    no matrix: of BT.2020's primaries it gets theirs, as HDR10 demands and televisions take for granted."""
+    no matrix: of BT.2020's primaries it gets theirs, as HDR10 demands and televisions take for granted. Gray is full
+    range, which swscale makes whatever it is asked for."""
     usual = BT2020 if (source.matrix, source.primaries) == (RGB, BT2020) else matrix_by_size(width, height)
     matrix = source.matrix if source.matrix in LUMA_WEIGHTS else usual
     primaries, transfer = USUAL_COMPANIONS[matrix]
-    full = source.range == FULL and source.matrix != RGB
+    layout = av.VideoFormat(pix_fmt)
+    full = _is_gray(layout) or (source.range == FULL and source.matrix != RGB)
     tags = ColorTags(
         primaries=source.primaries if source.primaries != UNSPECIFIED else primaries,
         transfer=source.transfer if source.transfer != UNSPECIFIED else transfer,
         matrix=matrix,
         range=FULL if full else LIMITED,
     )
-    return replace(tags, matrix=RGB, range=FULL) if av.VideoFormat(pix_fmt).is_rgb else tags
+    return replace(tags, matrix=RGB, range=FULL) if layout.is_rgb else tags
 
 
 def bit_depth(pix_fmt: av.VideoFormat) -> int:
