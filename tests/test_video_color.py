@@ -17,6 +17,7 @@ from duovsr.video.color import (
     FrameToRgb,
     RgbToFrame,
     decoding_tags,
+    image_tags,
     matrix_by_size,
     output_tags,
 )
@@ -207,6 +208,14 @@ def test_rgb_of_wide_primaries_gets_their_matrix() -> None:
     assert output_tags(ColorTags(9, 16, 0, 2), 64, 48, "yuv420p10le") == ColorTags(9, 16, 9, 1)
     assert output_tags(ColorTags(1, 13, 0, 2), 64, 48, "yuv420p") == ColorTags(1, 13, 6, 1)
     assert output_tags(ColorTags(9, 16, 0, 2), 64, 48, "gbrp16le") == ColorTags(9, 16, 0, 2)
+
+
+def test_tags_of_images_are_kept() -> None:
+    picture = av.VideoFrame(16, 16, "rgb24")
+    assert image_tags(picture) == ColorTags(1, 13, 0, 2)
+    picture.color_primaries, picture.color_trc = 9, 16
+    assert image_tags(picture) == ColorTags(9, 16, 0, 2)
+    assert image_tags(av.VideoFrame(16, 16, "yuvj420p")) == ColorTags(1, 13, 2, 2)
 
 
 def test_unknown_matrix_is_refused(tmp_path: Path) -> None:

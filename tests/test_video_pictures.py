@@ -58,6 +58,25 @@ def test_what_a_format_does_not_hold_is_said(
             assert (shown[..., 3] == 255).all()
 
 
+@pytest.mark.parametrize("name", ["in.png", "in.jpg", "in.bmp", "%d.png"])
+@pytest.mark.parametrize("size", [SIZE, (32, 600)])  # players take untagged video of these for SD and HD
+def test_untagged_images_are_srgb(small_upscaler: Upscaler, tmp_path: Path, name: str, size: tuple[int, int]) -> None:
+    Image.fromarray(picture(3, size)).save(tmp_path / name.replace("%d", "1"))
+    for output in ("out.png", "out.mp4"):
+        small_upscaler.upscale_file(tmp_path / name, tmp_path / output, SAME_SIZE)
+        color = probe(tmp_path / output).color
+        assert (color.primaries, color.transfer) == (1, 13)
+    coded = (tmp_path / "out.png").read_bytes()
+    assert b"sRGB" in coded and b"cICP" not in coded
+
+
+def test_a_picture_of_untagged_video_is_what_players_show(small_upscaler: Upscaler, tmp_path: Path) -> None:
+    source = write_clip(tmp_path / "in.mp4", Clip(pts=(0,), size=SIZE))
+    small_upscaler.upscale_file(source, tmp_path / "out.png", SAME_SIZE)
+    color = probe(tmp_path / "out.png").color
+    assert (color.primaries, color.transfer) == (6, 6)
+
+
 @pytest.mark.parametrize(
     ("pattern", "names"),
     [

@@ -102,7 +102,7 @@ def test_a_png_with_a_colour_profile(tmp_path: Path, pix_fmt: str) -> None:
 
 @pytest.mark.parametrize(("name", "is_said"), [(b"Display P3", True), (b"sRGB IEC61966-2.1", False)])
 def test_a_jpeg_with_a_colour_profile(tmp_path: Path, name: bytes, is_said: bool) -> None:
-    """Output without one is taken for sRGB."""
+    """Images without one are sRGB, and their output is tagged so."""
     source = write_clip(tmp_path / "in.jpg", Clip(pts=(0,), codec="mjpeg", pix_fmt="yuvj420p"), "image2")
     data, profile = source.read_bytes(), PROFILE + name
     segment = b"ICC_PROFILE\0\1\1" + profile

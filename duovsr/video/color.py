@@ -17,6 +17,7 @@ from av.video.reformatter import Interpolation, VideoReformatter
 from duovsr.errors import InputError
 
 RGB, BT709, UNSPECIFIED, SMPTE170M, BT2020 = 0, 1, 2, 6, 9  # matrix codes (primaries and transfers: the same numbers)
+SRGB_TRANSFER = 13  # IEC 61966-2-1
 LIMITED, FULL = 1, 2  # range codes; 0 is unspecified
 
 LUMA_WEIGHTS = {  # matrix code: (Kr, Kb), H.273 table 4
@@ -105,6 +106,16 @@ def picture_tags(picture: av.VideoFrame) -> ColorTags:
     matrix = UNSPECIFIED if tags.matrix in (RGB, 3) else tags.matrix
     by_format = FULL if picture.format.name.startswith(("yuvj", "gray", "ya", "mono")) else 0
     return ColorTags(tags.primaries, tags.transfer, matrix, tags.range or by_format)
+
+
+def image_tags(picture: av.VideoFrame) -> ColorTags:
+    """`picture_tags` of a picture from an image file: untagged ones are sRGB, of any size, as viewers take them."""
+    tags = picture_tags(picture)
+    return replace(
+        tags,
+        primaries=BT709 if tags.primaries == UNSPECIFIED else tags.primaries,
+        transfer=SRGB_TRANSFER if tags.transfer == UNSPECIFIED else tags.transfer,
+    )
 
 
 def has_alpha_channel(pix_fmt: av.VideoFormat) -> bool:

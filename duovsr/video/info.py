@@ -12,7 +12,7 @@ import av
 
 from duovsr.errors import InputError
 from duovsr.options import PIPE, Position
-from duovsr.video.color import ColorTags, bit_depth, chroma_samples, has_alpha_channel, picture_tags
+from duovsr.video.color import ColorTags, bit_depth, chroma_samples, has_alpha_channel, image_tags, picture_tags
 from duovsr.video.sidedata import HDRMetadata, SideData
 from duovsr.video.source import IMAGES_RATE, Source
 
@@ -33,7 +33,7 @@ class VideoInfo:
     sample_aspect_ratio: Fraction | None
     rotation: int  # degrees counterclockwise that make the coded picture upright; the reader applies them
     bit_depth: int
-    color: ColorTags  # as tagged; RGB formats are matrix 0 and full range
+    color: ColorTags  # as tagged, else of images sRGB's; RGB formats are matrix 0 and full range
     codec: str
     audio_codec: str | None
     chroma_samples: Fraction = Fraction(1, 4)  # of colour, a pixel
@@ -100,7 +100,7 @@ def describe(source: Source, picture: av.VideoFrame) -> VideoInfo:
         sample_aspect_ratio=1 / aspect if aspect and not upright else aspect,
         rotation=round(picture.rotation / 90) * 90 % 360,
         bit_depth=min(bit_depth(picture.format), 16),
-        color=picture_tags(picture),
+        color=image_tags(picture) if source.of_images else picture_tags(picture),
         codec=source.codec,
         audio_codec=source.audio_codec,
         chroma_samples=chroma_samples(picture.format),

@@ -36,6 +36,7 @@ class Source(ABC):
 
     path: Path
     stills: bool  # every picture has properties of its own
+    of_images: bool  # files of one picture each, be it one alone
     time_base: Fraction
     start_pts: int
     frame_rate: Fraction | None  # average
@@ -103,6 +104,7 @@ class ClipSource(Source):
         self._is_raw, format_name = not has_times(self._container), self._container.format.name
         self._is_matroska, self._is_transport = format_name == "matroska,webm", format_name == "mpegts"
         self._is_movie = format_name.startswith("mov,")  # mp4 too
+        self.of_images = format_name == "image2" or format_name.endswith("_pipe")  # FFmpeg's names, of files too
         self.frame_rate = average_rate(self._container, self._stream)
         if self._is_raw and self.frame_rate is None:
             self.frame_rate = IMAGES_RATE
@@ -253,7 +255,7 @@ class ClipSource(Source):
 class ImageSource(Source):
     """Image files, one frame each, at a constant rate. A number missing from a pattern leaves its time empty."""
 
-    stills = True
+    stills = of_images = True
     start_pts = 0
     audio_codec = None
 
