@@ -103,7 +103,7 @@ def test_a_folder_of_images_is_a_clip_and_a_pattern_takes_one(small_upscaler: Up
 def test_a_shorter_sequence_replaces_a_longer_one(
     small_upscaler: Upscaler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Old images beyond the new ones go, and only once these are there; other files stay."""
+    """Old images after the new ones go, and only once these are there; other files stay."""
     write_images(tmp_path / "long", 6)
     write_images(tmp_path / "short", 3)
     out, options = tmp_path / "out", UpscaleOptions(scale=2, overwrite=True)
@@ -123,9 +123,9 @@ def test_a_shorter_sequence_replaces_a_longer_one(
             small_upscaler.upscale_file(tmp_path / "short", out / "f_%03d.png", options)
     assert sorted(set(os.listdir(out)) - {"f_%03d.png.duovsr"}) == everything
     report = small_upscaler.upscale_file(tmp_path / "short", out / "f_%03d.png", options)
-    assert report.notices == (f"4 images of another clip were removed: `{out / 'f_%03d.png'}`",)
+    assert report.notices == (f"3 later images were removed: `{out / 'f_%03d.png'}`",)
     assert report.warnings == ()
-    assert sorted(os.listdir(out)) == sorted([*others, "f_001.png", "f_002.png", "f_003.png"])
+    assert sorted(os.listdir(out)) == sorted([*others, "f_000.png", "f_001.png", "f_002.png", "f_003.png"])
 
 
 def test_transparency_is_scaled_beside_the_picture(small_upscaler: Upscaler, tmp_path: Path) -> None:

@@ -307,22 +307,22 @@ def test_other_work_does_not_replace_images(some_images: Path, tmp_path: Path) -
     assert {name: (some_images.parent / name).read_bytes() for name in images(some_images)} == before
     options = UpscaleOptions(**{**vars(IMAGES), "restart": True, "overwrite": True})
     report = bicubic().upscale_file(other, some_images, options)
-    assert report.notices == (f"15 images of another clip were removed: `{some_images}`",)
+    assert report.notices == (f"15 later images were removed: `{some_images}`",)
     assert len(os.listdir(some_images.parent)) == 5
 
 
-def test_images_of_other_numbers_go_and_folders_stay(clip: Path, tmp_path: Path) -> None:
+def test_images_of_later_numbers_go_and_folders_stay(clip: Path, tmp_path: Path) -> None:
     """A folder that appears while the images are written is none of them."""
     pattern, thesis = tmp_path / "out" / "%04d.png", tmp_path / "thesis.txt"
     thesis.write_text("mine")
-    numbered(pattern, 0).symlink_to(thesis)
+    numbered(pattern, FRAMES + 1).symlink_to(thesis)
 
     def appear(*_: object) -> None:
         (numbered(pattern, 99) / "thesis").mkdir(parents=True, exist_ok=True)
 
     options = UpscaleOptions(**{**vars(IMAGES), "overwrite": True})
     report = bicubic().upscale_file(clip, pattern, options, appear)
-    assert report.notices == (f"1 image of another clip was removed: `{pattern}`",)
+    assert report.notices == (f"1 later image was removed: `{pattern}`",)
     assert images(pattern) == [*(f"{number:04d}.png" for number in range(1, FRAMES + 1)), "0099.png"]
     assert thesis.read_text() == "mine"
     assert (numbered(pattern, 99) / "thesis").is_dir()

@@ -6,6 +6,7 @@ import os
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -115,23 +116,32 @@ def test_percent_signs_in_a_pattern(small_upscaler: Upscaler, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    ("source", "start", "numbers"),
-    [("in/%04d.png", None, [3, 4, 6]), ("in/%04d.png", "1f", [4, 6]), ("in", None, [1, 2, 3])],
+    ("source", "piece", "numbers"),
+    [
+        ("in/%04d.png", {}, [1, 3, 4, 5, 6]),
+        ("in/%04d.png", {"start": "1f"}, [1, 4, 5, 6, 9]),
+        ("in/%04d.png", {"end": "1f"}, [1, 3, 5, 6, 9]),
+        ("in/%04d.png", {"start": "0f", "end": "9f"}, [1, 3, 4, 5, 6, 9]),
+        ("in", {}, [1, 2, 3]),
+        ("in", {"start": "1f"}, [1, 2, 5, 6, 9]),
+    ],
 )
 def test_images_of_a_pattern_keep_their_numbers(
-    small_upscaler: Upscaler, tmp_path: Path, source: str, start: str | None, numbers: list[int]
+    small_upscaler: Upscaler, tmp_path: Path, source: str, piece: dict[str, str], numbers: list[int]
 ) -> None:
+    """Of a whole clip, images after the last go; of a piece, none do."""
     (tmp_path / "in").mkdir()
     for number in (3, 4, 6):
         write_image(tmp_path / "in" / f"{number:04d}.png", picture(number, SIZE))
     (tmp_path / "out").mkdir()
-    for number in (1, 5, 6):
+    for number in (1, 5, 6, 9):
         (tmp_path / "out" / f"{number:05d}.png").touch()
     pattern = tmp_path / "out" / "%05d.png"
-    options = replace(SAME_SIZE, overwrite=True, start=None if start is None else Position.parse(start))
-    small_upscaler.upscale_file(tmp_path / source, pattern, options)
+    bounds: dict[str, Any] = {key: Position.parse(value) for key, value in piece.items()}
+    report = small_upscaler.upscale_file(tmp_path / source, pattern, replace(SAME_SIZE, overwrite=True, **bounds))
     assert [number for number, _ in numbered_files(pattern)] == numbers
-    assert all(path.stat().st_size for path in image_files(pattern))
+    written = [file for file in image_files(pattern) if file.stat().st_size]
+    assert len(written) == report.frames
 
 
 def test_a_clip_does_not_overwrite_its_own_images(small_upscaler: Upscaler, tmp_path: Path) -> None:

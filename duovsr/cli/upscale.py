@@ -97,7 +97,12 @@ def upscale(
         str, typer.Option(metavar="TEXT", help="SRC is a folder: end the outputs' names so, as _x4 or _x4.mkv.")
     ] = "",
     restart: Annotated[bool, typer.Option("--restart", help="Discard an unfinished job and begin anew.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing target.")] = False,
+    overwrite: Annotated[
+        bool,
+        typer.Option(
+            "--overwrite", help="Replace an existing target; of a whole clip's images, later numbers are removed, too."
+        ),
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and a measured estimate only.")] = False,
     as_json: Json = False,
 ) -> None:

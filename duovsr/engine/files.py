@@ -250,9 +250,9 @@ def _put_together(work: _Work, reader: VideoReader, job: Job, target: Target) ->
         shift -= first
     partial, aspect = job.folder / "output.part", info.aspect_at(*work.plan.target_size)
     if target.kind == "images":
-        numbers = numbers_for(info.path, pieces)
+        numbers, clear = numbers_for(info.path, pieces), options.overwrite and not (options.start or options.end)
         work.notices += write_pictures(
-            pieces, partial, target.path, numbers, aspect, options.overwrite, job.begin_publishing
+            pieces, partial, target.path, numbers, aspect, options.overwrite, clear, job.begin_publishing
         )
         return
     if target.kind == "image":

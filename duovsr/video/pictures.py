@@ -68,13 +68,14 @@ def write_pictures(
     numbers: Sequence[int],
     aspect: Fraction | None,
     overwrite: bool,
+    clear: bool,
     announce: Callable[[Path], None],
 ) -> list[str]:
     """Write every frame of `pieces` through the file `partial`, each complete and announced before it gets its name.
     `aspect`: of their pixels.
 
-    Without `overwrite` only images that the job itself named are replaced; with it, other
-    numbers' images go once all of these are there. Returns what people should know. Raises `UsageError` where a
+    Without `overwrite` only images that the job itself named are replaced. With `clear`, those of later numbers, left
+    by a longer clip, go once all of these are there. Returns what people should know. Raises `UsageError` where a
     number's name is taken.
     """
     own = stamps_left(pattern)
@@ -86,12 +87,11 @@ def write_pictures(
             file = numbered_name(pattern, number)
             give_name(partial, file, overwrite or is_stamped(file, own))  # after a crash some names are there
         fsync_folder(pattern.parent)
-        written = set(numbers)
-        others = [file for number, file in numbered_files(pattern) if number not in written]
-        old = [file for file in others if overwrite and not file.is_dir()]
+        later = [file for number, file in numbered_files(pattern) if number > numbers[-1]]
+        old = [file for file in later if clear and not file.is_dir()]
         for file in old:
             file.unlink()
-    images = "1 image of another clip was" if len(old) == 1 else f"{len(old)} images of another clip were"
+    images = "1 later image was" if len(old) == 1 else f"{len(old)} later images were"
     return [Remark(f"{images} removed: `{pattern}`")] if old else []
 
 
