@@ -259,6 +259,19 @@ def test_images_are_one_clip_or_with_a_pattern_many(run: Run, folder: Path, tmp_
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["1.png", "10.png"]
 
 
+def test_an_image_named_as_a_pattern_costs_no_other(run: Run, folder: Path, tmp_path: Path) -> None:
+    image = write_clip(tmp_path / "in.png", Clip(pts=[0], codec="png", pix_fmt="rgb24"), "image2")
+    for name in ("shot1.png", "shot2.png", "shot%d.png"):
+        (folder / name).write_bytes(image.read_bytes())
+    command = ["upscale", folder, tmp_path / "out", "--scale", 1, "--pattern", "*.png", "--overwrite"]
+    for _ in range(2):
+        assert run(*command) == 1
+        assert run.err.splitlines()[-1] == "2 done, 1 failed"
+        target = tmp_path / "out" / "shot%d.png"
+        assert f"the output's name is a pattern for many images: `{target}` (rename the input)" in run.err
+        assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["shot1.png", "shot2.png"]
+
+
 class Stub:
     """Stands for the upscaler: does what it is told for each file."""
 

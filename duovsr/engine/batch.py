@@ -124,6 +124,9 @@ def upscale_items(
         try:
             if os.path.isdir(item.source):
                 listed(item.source)
+            if is_pattern(item.target):  # it would become the images of other items
+                message = f"the output's name is a pattern for many images: `{item.target}`"
+                raise UsageError(message, hint="rename the input")
             with disk_errors(item.target):
                 item.target.parent.mkdir(parents=True, exist_ok=True)
             report = upscaler.upscale_file(item.source, item.target, options, report_progress, should_stop)
