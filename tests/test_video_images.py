@@ -246,9 +246,12 @@ def test_what_is_no_sequence_is_refused(tmp_path: Path) -> None:
     for folder in ("covers", "empty"):
         with pytest.raises(InputError, match=f"a folder, not a video: `.*{folder}`"):
             probe(tmp_path / folder)
-    for path in (tmp_path / "empty" / "%03d.png", tmp_path / "missing" / "%03d.png"):
-        with pytest.raises(InputError, match=r"no image has a name such as `.*%03d.png`"):
-            probe(path)
+    with pytest.raises(InputError, match=r"no image has a name such as `.*%03d.png`") as nothing:
+        probe(tmp_path / "empty" / "%03d.png")
+    assert nothing.value.hint == "%05d is a number of five digits, with zeros before it; %d is one without"
+    with pytest.raises(InputError, match=r"no such folder: `.*missing`") as nowhere:
+        probe(tmp_path / "missing" / "%03d.png")
+    assert nowhere.value.hint == "check the path before `%03d.png`"
 
 
 def test_kinds_of_paths(tmp_path: Path) -> None:

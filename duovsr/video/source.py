@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Iterator
@@ -265,7 +266,7 @@ class ImageSource(Source):
         self.notices: list[str] = []
         self._files = numbered_files(path)
         if not self._files:
-            raise InputError(f"no image has a name such as `{path}`")
+            raise _no_images(path)
         self._first, last = self._files[0][0], self._files[-1][0]
         self.time_base, self.frame_rate = 1 / frame_rate, frame_rate
         self.num_frames = len(self._files)
@@ -310,6 +311,13 @@ class ImageSource(Source):
             return picture
         finally:
             clip.close()
+
+
+def _no_images(pattern: Path) -> InputError:
+    if not os.path.isdir(pattern.parent):
+        return InputError(f"no such folder: `{pattern.parent}`", hint=f"check the path before `{pattern.name}`")
+    hint = "%05d is a number of five digits, with zeros before it; %d is one without"
+    return InputError(f"no image has a name such as `{pattern}`", hint=hint)
 
 
 def _has_gap(steps: np.ndarray) -> bool:
