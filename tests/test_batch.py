@@ -88,10 +88,16 @@ def test_the_target_folder_is_no_input(folder: Path) -> None:
     assert list(found(folder, folder / "out", recursive=True)) == ["a.mp4", "other/c.mp4"]
 
 
-def test_links_to_folders_are_not_followed(folder: Path, tmp_path: Path) -> None:
-    touch(folder, "a.mp4")
-    (folder / "circle").symlink_to(folder)
-    assert list(found(folder, tmp_path / "out", recursive=True)) == ["a.mp4"]
+def test_links_to_folders_are_followed_once(folder: Path, tmp_path: Path) -> None:
+    """Not within the source, where they may go in a circle, and not to the outputs."""
+    touch(folder, "b/b.mp4")
+    touch(tmp_path, "disk/clips/c.mp4", "disk/d.mp4", "out/old/o.mp4")
+    links = {"a": "in/b", "circle": "in", "clips": "disk/clips", "disk": "disk", "up": ".", "old": "out/old"}
+    for name, place in links.items():
+        (folder / name).symlink_to(tmp_path / place)
+    names = ["b/b.mp4", "clips/c.mp4", "disk/d.mp4"]
+    assert list(found(folder, tmp_path / "out", recursive=True)) == names
+    assert list(found(folder, tmp_path / "new", recursive=True)) == [*names, "old/o.mp4"]
 
 
 def test_a_link_to_itself_is_one_bad_file(folder: Path, tmp_path: Path) -> None:

@@ -65,8 +65,9 @@ def is_batch(source: Path, selection: Selection) -> bool:
 def find_items(source: Path, destination: Path, selection: Selection) -> list[Item]:
     """The files of the folder `source`, in natural order (2 before 10), and their places in the folder `destination`.
 
-    Hidden files, job folders and what is in `destination` are left out; a folder below `source` that cannot be read is
-    an item, which fails. Raises `UsageError`, or `InputError` if there is nothing. Touches nothing.
+    Hidden files, job folders and what is in `destination` are left out, and links to folders that are in either; other
+    links are followed, to each folder once. A folder below `source` that cannot be read is an item, which fails. Raises
+    `UsageError`, or `InputError` if there is nothing. Touches nothing.
     """
     _check_folders(source, destination)
     if Path(f"x{selection.suffix}").name != f"x{selection.suffix}":
@@ -74,7 +75,7 @@ def find_items(source: Path, destination: Path, selection: Selection) -> list[It
     if is_pattern(destination / f"x{selection.suffix}"):  # of one clip's images, which nobody would find again
         raise UsageError(f"unsupported suffix: `{selection.suffix}`", hint="a folder's clips become a file each")
     items = []
-    for path in _clips(source, destination, selection):
+    for path in _clips(source, selection, _Folders(source, destination)):
         place = destination / path.relative_to(source)
         name = path.name if os.path.isdir(path) else output_name(path.name, selection.suffix)
         items.append(Item(path, place.with_name(name)))
@@ -150,7 +151,23 @@ def _check_folders(source: Path, destination: Path) -> None:
         raise UsageError(f"the target folder is the source folder: `{source}`", hint="name another folder")
 
 
-def _clips(folder: Path, destination: Path, selection: Selection, *, is_below: bool = False) -> Iterator[Path]:
+class _Folders:
+    """Which folders below `source` are looked into, by the places that links lead to: some go round in a circle."""
+
+    def __init__(self, source: Path, destination: Path) -> None:
+        self._roots = [Path(os.path.realpath(root)) for root in (source, destination)]
+        self._seen = set(self._roots)
+
+    def is_new(self, folder: Path) -> bool:
+        """Whether to look into it: once each, and what is in the source is found without links."""
+        place = Path(os.path.realpath(folder))
+        if place in self._seen or (folder.is_symlink() and any(map(place.is_relative_to, self._roots))):
+            return False
+        self._seen.add(place)
+        return True
+
+
+def _clips(folder: Path, selection: Selection, folders: _Folders, *, is_below: bool = False) -> Iterator[Path]:
     suffixes = VIDEO_SUFFIXES if selection.pattern is None else VIDEO_SUFFIXES | IMAGE_SUFFIXES
     try:
         paths = sorted(listed(folder), key=natural_order)
@@ -163,9 +180,8 @@ def _clips(folder: Path, destination: Path, selection: Selection, *, is_below: b
         if path.name.startswith(".") or path.name.endswith(JOB_SUFFIX):
             continue
         if os.path.isdir(path):
-            is_target = os.path.isdir(destination) and path.samefile(destination)
-            if selection.recursive and not path.is_symlink() and not is_target:  # links may lead in a circle
-                yield from _clips(path, destination, selection, is_below=True)
+            if selection.recursive and folders.is_new(path):
+                yield from _clips(path, selection, folders, is_below=True)
         elif path.suffix.lower() in suffixes and (selection.pattern is None or fnmatch(path.name, selection.pattern)):
             yield path
 
