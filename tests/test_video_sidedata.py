@@ -11,7 +11,10 @@ from pathlib import Path
 
 import av
 import pytest
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
+from duovsr.errors import Remark
 from duovsr.video.reader import VideoReader
 from tests.clips import Clip, write_clip
 from tests.pieces import copy_clip
@@ -108,3 +111,36 @@ def test_a_jpeg_with_a_colour_profile(tmp_path: Path, name: bytes, is_said: bool
     segment = b"ICC_PROFILE\0\1\1" + profile
     source.write_bytes(data[:2] + b"\xff\xe2" + struct.pack(">H", 2 + len(segment)) + segment + data[2:])
     assert said(source) == (["the ICC colour profile is not kept"] if is_said else [])
+
+
+@pytest.mark.parametrize("name", ["in.jpg", "in.png", "in.webp", "in.tif"])
+def test_the_texts_of_images_are_said(tmp_path: Path, name: str) -> None:
+    """But neither how the pixels are turned, which they are, nor what wrote the file."""
+    image, exif = Image.new("RGB", (32, 24)), Image.Exif()
+    exif.update({0x0112: 6, 0x0131: "writer"})
+    image.save(tmp_path / name, exif=exif)
+    assert said(tmp_path / name) == []
+    exif.update({0x010E: "a view", 0x010F: "Maker"})
+    image.save(tmp_path / name, exif=exif)
+    [notice] = said(tmp_path / name)
+    assert notice.startswith("metadata of images is not kept: ")
+    assert {"ImageDescription", "Make"} <= set(notice.partition(": ")[2].split(", "))
+    assert not isinstance(notice, Remark)
+
+
+def test_texts_of_png_are_said_briefly(tmp_path: Path) -> None:
+    """Those of all images, in a line, whatever the encoding."""
+    (tmp_path / "in").mkdir()
+    for number, keys in enumerate((["Title"], ["Title", "Comment"], [f"key {n}" for n in range(40)])):
+        texts = PngInfo()
+        for key in keys:
+            texts.add_text(key, "text")
+        Image.new("RGB", (32, 24)).save(tmp_path / "in" / f"{number}.png", pnginfo=texts)
+    [notice] = said(tmp_path / "in")
+    assert notice.startswith("metadata of images is not kept: Title, Comment, key 0, ")
+    assert notice.endswith(" ...") and len(notice) < 140
+    odd = tmp_path / "odd.png"
+    Image.new("RGB", (32, 24)).save(odd)
+    data = odd.read_bytes()
+    odd.write_bytes(data[:33] + chunk(b"tEXt", b"caf\xe9\0text") + data[33:])
+    assert said(odd) == ["metadata of images is not kept: texts in an unknown encoding"]

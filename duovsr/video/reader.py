@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from itertools import chain
 from pathlib import Path
+from textwrap import shorten
 from types import TracebackType
 
 import av
@@ -20,9 +21,11 @@ from duovsr.video.container import counted
 from duovsr.video.deinterlace import deinterlaced
 from duovsr.video.info import describe, first_picture, has_alpha, has_fields
 from duovsr.video.nvdec import NvdecSource
-from duovsr.video.sidedata import SideData
+from duovsr.video.sidedata import SideData, image_texts
 from duovsr.video.source import open_source
 from duovsr.video.timeline import LOOK_AHEAD, Timeline
+
+_NAMES_SHOWN = 100  # characters: photos have dozens of fields
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +75,7 @@ class VideoReader:
         self._late_alpha = False
         self._late_depth = 0
         self._not_kept: dict[str, None] = {}
+        self._texts: dict[str, None] = {}
         self._source = open_source(path, frame_rate) if decoder == "software" else NvdecSource(path, frame_rate)
         try:
             pictures = self._source.pictures()
@@ -130,6 +134,8 @@ class VideoReader:
             picture.pts = self._timeline.place(picture.pts, [after.pts for after in held if after is not None])
             self.frames_read += 1
             self._not_kept |= dict.fromkeys(SideData(picture).not_kept(self._source.views_are_tagged))
+            if self._source.of_images:
+                self._texts |= dict.fromkeys(image_texts(picture))
             self._damaged += picture.is_corrupt
             self._interlaced += picture.interlaced_frame
             self.end = picture.pts + self._duration(picture)
@@ -187,6 +193,9 @@ class VideoReader:
 
     def _findings(self) -> list[str]:
         findings: list[str] = [f"{what} is not kept" for what in self._not_kept]
+        if self._texts:
+            names = shorten(", ".join(self._texts), _NAMES_SHOWN, placeholder=" ...")
+            findings.append(f"metadata of images is not kept: {names}")
         if self._interlaced and has_fields(self.info.codec):
             share = "" if self._interlaced == self.frames_read else f" in {counted(self._interlaced, 'frame')}"
             kept = "deinterlaced with bwdif" if self._deinterlace else "the fields are upscaled as they are woven"

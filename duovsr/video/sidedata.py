@@ -1,4 +1,4 @@
-"""What a decoded picture carries beside its pixels: how it is turned, and the display that it was graded on."""
+"""What a decoded picture carries beside its pixels: how it is turned, the display it was graded on, texts of images."""
 
 from __future__ import annotations
 
@@ -25,6 +25,14 @@ _NOT_KEPT = {  # PyAV has no way to give it to an encoder
     "SPHERICAL": "the projection of 360-degree video",
     "ICC_PROFILE": "the ICC colour profile",
 }
+_OF_THE_FILE = frozenset(  # how TIFF stores its pixels, and who wrote a file: the output has its own
+    (
+        "0x00FE ImageWidth ImageLength BitsPerSample Compression PhotometricInterpretation FillOrder StripOffsets"
+        " SamplesPerPixel RowsPerStrip StripByteCounts XResolution YResolution PlanarConfiguration ResolutionUnit"
+        " Predictor ColorMap TileWidth TileLength TileOffsets TileByteCounts ExtraSamples SampleFormat JPEGTables"
+        " YCbCrSubSampling YCbCrPositioning Software Creator writer"
+    ).split()
+)
 
 
 @dataclass(frozen=True)
@@ -114,6 +122,14 @@ class SideData:
         least, most = (round(ratio * 10000) for ratio in ratios[8:])
         red, green, blue, white = zip(x_y[::2], x_y[1::2], strict=True)
         return MasteringDisplay(red, green, blue, white, least, most)
+
+
+def image_texts(picture: av.VideoFrame) -> list[str]:
+    """The names of an image's EXIF fields and texts, as far as FFmpeg reads them."""
+    try:
+        return [name for name, text in picture.metadata.items() if text and name not in _OF_THE_FILE]
+    except UnicodeDecodeError:
+        return ["texts in an unknown encoding"]
 
 
 def _items(picture: av.VideoFrame) -> SideDataContainer:
