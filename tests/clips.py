@@ -251,3 +251,11 @@ def probe(path: Path) -> VideoInfo:
     """What a clip, or a sequence of images, says of itself."""
     with closing(open_source(path)) as source:
         return describe(source, first_picture(source, source.pictures()))
+
+
+def touch(folder: Path, *names: str) -> None:
+    """Empty files."""
+    for name in names:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
