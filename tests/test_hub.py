@@ -326,7 +326,7 @@ def test_an_exported_repository_is_a_model_that_a_hub_can_serve(machine: Machine
     assert (tmp_path / "third" / "README.md").read_text() == "a card"
 
 
-@pytest.mark.parametrize("name", REPOSITORY)
+@pytest.mark.parametrize("name", sorted(REPOSITORY))
 def test_an_export_replaces_no_file(machine: Machine, tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text("mine")
     machine.refuses(2, f"`{tmp_path}` holds a `{name}` already", "choose another folder", "export", "tiny", tmp_path)
