@@ -80,7 +80,7 @@ def test_all_are_here() -> None:
 def test_what_a_folder_finds_is_read(tmp_path: Path, suffix: str, container: str, codec: str, pix_fmt: str) -> None:
     path = tmp_path / f"in{suffix}"
     frames = 12 if suffix in VIDEO_SUFFIXES else 1
-    size = (720, 576) if container in ("dv", "gxf") else (64, 64)  # they hold those of television alone
+    size = (720, 576) if container in ("dv", "gxf") else (128, 128)  # they hold those of television alone
     if container == "heic":
         write_heic(path, grid=False)
     else:

@@ -81,7 +81,7 @@ class ToyPool(Pool):
     """Pairs as latents for the stages, and as frames for the rankers."""
 
     def __init__(self, poor: float) -> None:
-        self.poor = poor
+        self.poor, self.sources = poor, frozenset[str]()
 
     def latents(self, draws: Draws) -> Latents:
         z_lq = draw_lq(draws)
