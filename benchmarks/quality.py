@@ -21,7 +21,7 @@ def duovsr(*arguments: object) -> str:
     done = subprocess.run(
         [sys.executable, "-m", "duovsr", *map(str, arguments)], stdout=subprocess.PIPE, text=True, check=False
     )
-    if done.returncode not in (0, 1):  # 1: done, with a notice such as 4:4:4 for odd sides
+    if done.returncode not in (0, 1):  # 1: done, but something was not kept
         raise SystemExit(done.returncode)
     return done.stdout
 

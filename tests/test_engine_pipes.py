@@ -137,6 +137,11 @@ def test_sound_is_not_lost_without_a_word(tmp_path: Path, through_pipe: Any, mon
     assert [notice for notice in report.notices if "sound" in notice and isinstance(notice, Remark)]
     assert not [notice for notice in through_pipe(source, audio=False)[0].notices if "sound" in notice]
     for audio in (True, False):
+        options = UpscaleOptions(scale=1, audio=audio, overwrite=True)
+        report = bicubic().upscale_file(source, tmp_path / "%d.png", options)
+        assert any("the sound is left out" in notice for notice in report.notices) == audio
+        assert not report.warnings
+    for audio in (True, False):
         target = tmp_path / f"{audio}.mkv"
         with source.open("rb") as file:
             monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=file, isatty=lambda: False))

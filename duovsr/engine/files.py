@@ -308,9 +308,10 @@ def _all_notices(work: _Work, reader: VideoReader, target: Target) -> list[str]:
 def _sound_left_out(work: _Work, target: Target) -> list[str]:
     if work.info.audio_codec is None or not work.options.audio:
         return []
-    if target.kind == "pipe":
-        return [Remark("the sound is left out: what goes down the pipe is the picture alone")]
-    if target.kind == "video" and work.info.path == PIPE:
+    if target.kind != "video":
+        way = "goes down the pipe" if target.kind == "pipe" else "becomes images"
+        return [Remark(f"the sound is left out: what {way} is the picture alone")]
+    if work.info.path == PIPE:
         return ["the sound is not kept: it would have to be read a second time, which a pipe cannot"]
     return []
 
