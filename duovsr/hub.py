@@ -225,6 +225,9 @@ def _fetch_blob(url: str, blobs: Path) -> None:
         headers.pop("authorization", None)
     partial = blob.with_name(f"{blob.name}.incomplete")
     with partial.open("ab") as file:
+        if facts.size is not None and file.tell() > facts.size:  # what no more bytes would mend
+            file.seek(0)
+            file.truncate()
         if file.tell() != facts.size:
             http_get(facts.location, file, resume_size=file.tell(), headers=headers, expected_size=facts.size)
     partial.replace(blob)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import pairwise
+from weakref import ReferenceType, ref
 
 import numpy as np
 import pytest
@@ -260,3 +261,17 @@ def test_tiles_fade_into_each_other_evenly() -> None:
     merged = blend_tiles(parts, tiles, 20, 4, 4)
     expected = torch.tensor([0.0] * 8 + [0.125, 0.375, 0.625, 0.875] + [1.0] * 8)
     torch.testing.assert_close(merged, expected.expand(1, 1, 1, 4, 20))
+
+
+def test_no_tile_is_kept_while_the_next_one_is_made() -> None:
+    made: list[ReferenceType[torch.Tensor]] = []
+
+    def part() -> torch.Tensor:
+        assert not any(earlier() is not None for earlier in made)
+        tensor = torch.ones(1, 1, 1, 4, 12)
+        made.append(ref(tensor))
+        return tensor
+
+    tiles = tuple(Tile(8 * n, 0, 12, 4) for n in range(4))
+    blend_tiles((part() for _ in tiles), tiles, 36, 4, 4)
+    assert len(made) == len(tiles)

@@ -192,6 +192,7 @@ def test_out_of_memory_steps_down_and_changes_nothing(
         "CUDA error: out of memory\nCompile with",
         "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when",
         "could not create a primitive",
+        "MPS backend out of memory (MPS allocated: 5 GB",
     ],
 )
 def test_libraries_have_words_of_their_own(

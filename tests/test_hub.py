@@ -143,6 +143,13 @@ def test_a_broken_download_goes_on_where_it_broke(hub: Hub, machine: Machine) ->
     machine.does("verify", MODEL)
 
 
+def test_a_download_with_more_than_the_file_begins_anew(hub: Hub, machine: Machine) -> None:
+    partial = machine.partial(hub.files["vae.safetensors"])
+    partial.parent.mkdir(parents=True)
+    partial.write_bytes(hub.files["vae.safetensors"] + b"x")
+    machine.does("pull", MODEL)
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_a_killed_pull_goes_on_where_it_was(hub: Hub, machine: Machine, number: signal.Signals) -> None:
     name = "transformer.safetensors"

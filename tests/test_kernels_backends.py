@@ -77,7 +77,7 @@ def test_a_backend_that_fails_is_passed_over_and_its_reason_kept(machine: Rememb
         fastest("large", {"sdpa": lambda: fail(torch.OutOfMemoryError("full"))}, machine, Clock())
 
 
-@pytest.mark.parametrize("content", ["", "{not json", "[1]", "\xff"])
+@pytest.mark.parametrize("content", ["", "{not json", "[1]", '{"GPU, torch 9": []}', "\xff"])
 def test_a_damaged_file_is_replaced(machine: Remembered, content: str) -> None:
     machine.file.parent.mkdir()
     machine.file.write_bytes(content.encode("latin-1"))

@@ -37,7 +37,9 @@ def blend_tiles(parts: Iterable[Tensor], tiles: tuple[Tile, ...], width: int, he
     """
     merged: Tensor | None = None
     total = torch.zeros(())
-    for part, tile in zip(parts, tiles, strict=True):
+    parts = iter(parts)
+    for tile in tiles:  # without `zip`, which would hold a part while the next one is made
+        part = next(parts)
         if len(tiles) == 1:
             return part
         if merged is None:
@@ -51,7 +53,7 @@ def blend_tiles(parts: Iterable[Tensor], tiles: tuple[Tile, ...], width: int, he
         region = (..., slice(tile.y, tile.y + tile.height), slice(tile.x, tile.x + tile.width))
         merged[region] += part * weight
         total[region] += weight
-        del part  # not while the next one is made
+        del part
     assert merged is not None
     return merged.div_(total)
 

@@ -17,8 +17,10 @@ from duovsr.errors import OutOfMemoryError
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
-# What the CPU's allocator says; CUDA itself, of page-locked memory; and its library, of room to work in.
-_OUT_OF_MEMORY = ("DefaultCPUAllocator", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+# What the CPU's allocator says; CUDA itself, of page-locked memory; its library, of room to work in; and Apple's GPUs'.
+_OUT_OF_MEMORY = (
+    "DefaultCPUAllocator", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "MPS backend out of memory",
+)  # fmt: skip
 _ONEDNN = "could not create a primitive"  # all that it says then; with more words it is another matter
 
 _UNKNOWN_MEMORY = 4 * 2**30  # Windows: assume a small machine
@@ -31,7 +33,7 @@ def free_memory(device: torch.device) -> int:
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # torch does, for itself
         return torch.cuda.mem_get_info(device)[0] + kept
     if device.type == "mps":
-        return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+        return torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory()  # less what torch keeps
     return _free_host_memory()
 
 

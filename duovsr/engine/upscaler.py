@@ -310,6 +310,7 @@ class Upscaler:
                     part = restore_clip(model, region, plan, seed=options.seed, strength=strength, origin=origin)
                 next_states.append(state)
                 yield part
+                del part  # not while the next one is made
 
         hq = blend_tiles(restored(), plan.tiles, *plan.padded_size, TILE_OVERLAP)
         return hq[..., :height, :width], tuple(next_states)

@@ -134,7 +134,8 @@ class Remembered:
             read = json.loads(self.file.read_text())
         except (OSError, ValueError):
             return {}
-        return read if isinstance(read, dict) else {}
+        places = read.items() if isinstance(read, dict) else ()
+        return {machine: choices for machine, choices in places if isinstance(choices, dict)}
 
 
 @cache
