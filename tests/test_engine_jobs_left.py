@@ -22,7 +22,7 @@ from tests.bicubic import bicubic
 from tests.clips import Clip, frame_hashes, write_clip
 
 OPTIONS = UpscaleOptions(scale=2, codec="h264")
-IMAGES = UpscaleOptions(scale=1)
+IMAGES = UpscaleOptions(scale=1, audio=False)
 FRAMES = 60
 
 
